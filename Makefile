@@ -1,0 +1,57 @@
+# make book    build the book in _build/html          make test    every test
+# make check   format, lint, types and quick tests    make clean   remove what was built
+# make strip   remove the outputs from the stored notebooks
+# make notebook NAME=swd-on-cifar10 ARGS="-p profile laptop -p seed 1"
+PYTHON ?= python3
+PROFILE ?= smoke
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help book test check notebook strip clean distclean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+book: $(VENV)/.book
+	$(BIN)/python book/build.py book --profile $(PROFILE)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+notebook: $(VENV)/.book
+	$(if $(NAME),,$(error Say which notebook to run, for example: make notebook NAME=swd-on-cifar10))
+	$(BIN)/python book/build.py notebook $(NAME) $(ARGS)
+
+strip: $(VENV)/.book
+	$(BIN)/python book/build.py strip
+
+clean:
+	rm -rf _build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find book swdlib tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# An empty file stands for "these extras are installed"; it is older than a changed pyproject.toml.
+$(VENV)/.book: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/python -m pip install --quiet -e '.[book]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/python -m pip install --quiet -e '.[book,test]'
+	@touch $(VENV)/.book $@
+
+# Debian's Python has no ensurepip without python3-venv; its own pip can fill the environment instead.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "swdlib needs Python 3.10 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	else $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --quiet --python $(BIN)/python install pip; \
+	fi || { echo "No environment could be made; on Debian: apt-get install python3-venv" >&2; exit 1; }

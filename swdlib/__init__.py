@@ -1,0 +1,54 @@
+"""Selective weight decay and neural-network pruning: a small library beside a book."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from swdlib import criteria, masks, plots, recipes, schedules, structures
+    from swdlib.data import load_data
+    from swdlib.experiments import Config, run
+    from swdlib.models import build_model
+    from swdlib.penalties import SelectiveWeightDecay
+    from swdlib.records import load_records
+    from swdlib.training import evaluate, train
+
+# Public name -> module that holds it, imported when it is first used: an engineer who needs the
+# penalty alone does not wait for plotting and data libraries.
+_HOMES = {
+    "Config": "experiments",
+    "SelectiveWeightDecay": "penalties",
+    "build_model": "models",
+    "evaluate": "training",
+    "load_data": "data",
+    "load_records": "records",
+    "run": "experiments",
+    "train": "training",
+}
+_MODULES = ("criteria", "masks", "plots", "recipes", "schedules", "structures")
+
+__all__ = [
+    "Config",
+    "SelectiveWeightDecay",
+    "build_model",
+    "criteria",
+    "evaluate",
+    "load_data",
+    "load_records",
+    "masks",
+    "plots",
+    "recipes",
+    "run",
+    "schedules",
+    "structures",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"swdlib.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"swdlib.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'swdlib' has no attribute {name!r}")

@@ -1,0 +1,298 @@
+"""Experiments: a configuration in, a record out. A run that is on record is not run again."""
+
+import hashlib
+import inspect
+import math
+import numbers
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import save_model
+from torch import nn
+from torch.optim import SGD
+
+from swdlib import records
+from swdlib.data import DATASETS, Dataset, load_data
+from swdlib.masks import NotFinite
+from swdlib.models import MODELS, build_model
+from swdlib.penalties import Update
+from swdlib.recipes import RECIPES, Phase
+from swdlib.records import Record
+from swdlib.schedules import Cosine, Piecewise, Schedule, Steps
+from swdlib.structures import STRUCTURES
+from swdlib.training import Options, Precision, find_device, is_main_process, train
+
+_SMALL = {"lr_schedule": "triangle", "nesterov": True, "finetune_epochs": 2}
+
+# "paper" is the published set-up (arXiv 2011.10520 and the authors' code); the others are smaller.
+PROFILES: dict[str, dict[str, Any]] = {
+    "smoke": {
+        **_SMALL,
+        "dataset": "digits",
+        "model": "cnn",
+        "width": 8,
+        "epochs": 8,
+        "batch_size": 64,
+        "lr": 0.1,
+    },
+    "laptop": {
+        **_SMALL,
+        "dataset": "cifar10",
+        "model": "resnet20",
+        "width": 8,
+        "epochs": 10,
+        "batch_size": 128,
+        "lr": 0.2,
+    },
+    "paper": {
+        "dataset": "cifar10",
+        "model": "resnet20",
+        "width": 64,
+        "epochs": 300,
+        "finetune_epochs": 50,
+        "batch_size": 128,
+        "lr": 0.1,
+        "lr_schedule": "steps",
+        "nesterov": False,
+    },
+}
+
+LR_SCHEDULES: dict[str, Callable[[float], Schedule]] = {
+    "steps": lambda lr: Steps(lr, 0.1, (1 / 3, 2 / 3)),  # as published
+    "cosine": lambda lr: Cosine(lr, lr / 100),
+    "triangle": lambda lr: Piecewise(((0.0, lr / 10), (0.2, lr), (1.0, lr / 100))),
+}
+
+
+def _setting(default: Any, meaning: str, *choices: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "choices": choices})
+
+
+BY_PROFILE = None  # a field left at None takes its profile's value
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides a run; what is not given comes from the profile.
+
+    Its fields are the notebooks' parameters and the command line's flags. A setting that the recipe
+    does not use is blanked, so that it cannot tell two equal runs apart. Raises ValueError that
+    names the field, its value and what is allowed.
+    """
+
+    profile: str = _setting("smoke", "scale of the run", *PROFILES)
+    dataset: str = _setting(BY_PROFILE, "dataset", *DATASETS)
+    data_root: str | None = _setting(None, "folder that holds the dataset")
+    model: str = _setting(BY_PROFILE, f"{', '.join(MODELS)}, or a torchvision classifier")
+    width: int | None = _setting(BY_PROFILE, "maps of the first stage")
+    recipe: str = _setting("swd", "method", *RECIPES)
+    structure: str = _setting("weights", "what is pruned together", *STRUCTURES)
+    sparsity: float = _setting(0.9, "fraction of weights removed, in [0, 1)")
+    epochs: int = _setting(BY_PROFILE, "epochs in all, fine-tuning included")
+    finetune_epochs: int = _setting(BY_PROFILE, "epochs of them that follow a cut")
+    iterations: int = _setting(1, "cuts")
+    batch_size: int = _setting(BY_PROFILE, "images in a step")
+    lr: float = _setting(BY_PROFILE, "highest learning rate")
+    lr_schedule: str = _setting(BY_PROFILE, "course of the learning rate", *LR_SCHEDULES)
+    momentum: float = _setting(0.9, "momentum of SGD, in [0, 1)")
+    nesterov: bool = _setting(BY_PROFILE, "Nesterov's momentum")
+    weight_decay: float = _setting(5e-4, "weight decay mu, of all weights and of SWD")
+    a_min: float = _setting(0.1, "strength of SWD at the start")
+    a_max: float = _setting(1e5, "strength of SWD at the end")
+    update: str = _setting("gradient", "how SWD acts", *get_args(Update))
+    seed: int = _setting(0, "seed of weights, batch order and augmentation")
+    holdout: float = _setting(0.0, "fraction of training images measured instead of the test's")
+    precision: str = _setting("fp32", "arithmetic", *get_args(Precision))
+    accumulate: int = _setting(1, "parts that a batch is worked through in")
+    clip: float | None = _setting(None, "largest gradient norm")
+    compile: bool = _setting(False, "use torch.compile")
+    channels_last: bool = _setting(True, "lay images channels last: faster convolutions")
+    device: str = _setting("auto", "where it runs", "auto", "cpu", "cuda", "mps")
+
+    def __post_init__(self) -> None:
+        _check_choice("profile", self.profile, tuple(PROFILES))
+        for setting in fields(self):
+            value = self._filled(setting.name)
+            if value is not None:
+                value = _typed(setting.name, setting.type, value)
+                _check_choice(setting.name, value, setting.metadata["choices"])
+            object.__setattr__(self, setting.name, value)
+        self._check_ranges()
+        phases_of(self)  # a recipe checks its own settings
+        self._blank_unused()
+
+    def _filled(self, name: str) -> Any:
+        value = getattr(self, name)
+        if value is not None:
+            return value
+        if name == "width" and self.model not in MODELS:
+            return None  # torchvision's networks have none
+        default = type(self).__dataclass_fields__[name].default
+        return PROFILES[self.profile].get(name, default)
+
+    def _check_ranges(self) -> None:
+        for name in ("epochs", "finetune_epochs", "iterations", "batch_size", "accumulate"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "a_min", "a_max"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        for name in ("sparsity", "momentum", "holdout"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("weight_decay", "seed"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _require("width", self.width, self.width is None or self.width >= 1, "at least 1")
+        _require("clip", self.clip, self.clip is None or self.clip > 0, "above 0")
+        _require("nesterov", True, not self.nesterov or self.momentum > 0, "false if momentum is 0")
+
+    def _blank_unused(self) -> None:
+        used = inspect.signature(RECIPES[self.recipe]).parameters
+        of_recipes = {name for recipe in RECIPES.values() for name in inspect.signature(recipe).parameters}
+        for name in of_recipes - set(used) - {"weight_decay"}:  # which every optimizer uses
+            object.__setattr__(self, name, 0.0 if name == "sparsity" else None)
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """The value as the field's type, so that 1 and 1.0 are one configuration."""
+    wanted = next((t for t in get_args(kind) if t is not type(None)), kind)
+    accepted = {float: numbers.Real, int: numbers.Integral}.get(wanted, wanted)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+        raise ValueError(f"{name} must be of type {wanted.__name__}, not {value!r}")
+    if wanted is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return wanted(value)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def phases_of(config: Config) -> list[Phase]:
+    """The phases of the configuration's recipe, given the settings that its parameters name."""
+    settings = asdict(config)
+    settings["lr"] = LR_SCHEDULES[config.lr_schedule](config.lr)
+    settings["structure"] = STRUCTURES.get(config.structure)
+    recipe = RECIPES[config.recipe]
+    return recipe(**{name: settings[name] for name in inspect.signature(recipe).parameters})
+
+
+def run(
+    config: Config,
+    folder: str | Path | None = None,
+    *,
+    again: bool = False,
+    progress: bool = True,
+) -> Record:
+    """The record of `config`: read from `folder` if it is there, otherwise trained and written.
+
+    A run that was stopped resumes from its checkpoint below `folder`. Beside the record lies the
+    trained network, as .safetensors. `again` trains even so. The default folder is
+    `records.default_folder()`.
+    """
+    path = records.path_of(asdict(config), Path(folder or records.default_folder()))
+    if path.exists() and not again:
+        return records.load(path)
+    data = load_data(
+        config.dataset,
+        config.data_root,
+        device=find_device(config.device),
+        holdout=config.holdout,
+    )
+    model = build(config, data)
+    checkpoint = path.parent / "checkpoints" / f"{path.stem}.pt"
+    options = options_of(config, checkpoint=checkpoint, progress=progress)
+    record = _train(config, model, data, options)
+    if is_main_process():
+        _save_network(model, path.with_suffix(".safetensors"))
+        records.save(record, path.parent.parent)
+        checkpoint.unlink(missing_ok=True)
+    return record
+
+
+def build(config: Config, data: Dataset) -> nn.Module:
+    """The configuration's network for `data`, its weights drawn from the configuration's seed."""
+    torch.manual_seed(config.seed)
+    return build_model(
+        config.model,
+        channels=data.channels,
+        size=data.size,
+        classes=data.classes,
+        width=config.width,
+    )
+
+
+def options_of(config: Config, **more: Any) -> dict[str, Any]:
+    """The configuration's options for `train`, and `more` of them."""
+    optimizer = partial(
+        SGD,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+    shared = {f.name for f in fields(Options)} & {f.name for f in fields(config)}
+    return {"optimizer": optimizer, **{name: getattr(config, name) for name in shared}, **more}
+
+
+def _train(config: Config, model: nn.Module, data: Dataset, options: dict[str, Any]) -> Record:
+    facts = provenance(data)
+    try:
+        rows = train(model, data, phases_of(config), **options)
+    except NotFinite as error:
+        return Record(asdict(config), [], {**facts, "error": str(error)}, status="diverged")
+    return Record(asdict(config), rows, facts)
+
+
+def _save_network(model: nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_model(model, str(unfinished))
+    os.replace(unfinished, path)
+
+
+def provenance(data: Dataset) -> dict[str, Any]:
+    """With what a run was made: dataset, versions, code and machine."""
+    packages = ("torch", "torchvision", "accelerate", "numpy")
+    device = data.train.images.device
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "dataset": {
+            "name": data.name,
+            "source": data.source,
+            "fingerprint": data.fingerprint,
+            "train_images": len(data.train),
+            "test_images": len(data.test),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+        "code": {"version": version("swdlib"), "digest": code_digest()},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def code_digest() -> str:
+    """Twelve hexadecimal digits that stand for the library's code that decides a result."""
+    undeciding = {"plots.py", "cli.py", "sweeps.py", "deploy.py", "__init__.py"}
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name not in undeciding:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

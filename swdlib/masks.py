@@ -1,0 +1,136 @@
+"""Masks: which weights stay. Selection is exact to the last weight, ties included.
+
+`Masks` maps names of `named_parameters()` to bool tensors of the parameter's shape; True is kept.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from swdlib.criteria import Criterion, magnitude
+from swdlib.structures import Group, Structure
+
+Masks = dict[str, Tensor]
+
+
+class NotFinite(ValueError):
+    """A weight, score or loss is NaN or infinite: training has diverged."""
+
+
+def check_sparsity(sparsity: float) -> float:
+    """The sparsity as given, if it lies in [0, 1); ValueError otherwise."""
+    if not 0.0 <= sparsity < 1.0:  # NaN fails this as well
+        raise ValueError(
+            f"sparsity is the fraction of weights removed and must be in [0, 1), not {sparsity!r}"
+        )
+    return sparsity
+
+
+def find_groups(model: nn.Module, structure: Structure) -> list[Group]:
+    """The structure's groups that hold weights; ValueError if there is none."""
+    groups = [group for group in structure(model) if group.units]
+    if not groups:
+        name = getattr(structure, "__name__", repr(structure))
+        raise ValueError(
+            f"{type(model).__name__} has nothing that structure {name!r} can prune: "
+            "it needs trainable parameters (requires_grad) of two or more dimensions"
+        )
+    return groups
+
+
+def prunable(groups: Sequence[Group]) -> int:
+    """The number of weights that the groups hold."""
+    return sum(group.parameter.numel() for group in groups)
+
+
+def lowest_by_sort(scores: Sequence[Tensor], sizes: Sequence[int], count: int) -> list[Tensor]:
+    """The lowest-scored units that together hold at least `count` weights, by a stable sort.
+
+    Every unit of `scores[i]` holds `sizes[i]` weights. Returns a bool tensor a group, True where a
+    unit is among the lowest. Of equal scores the first come first.
+    """
+    flat = torch.cat([s.to(scores[0].device) for s in scores])
+    cost = torch.cat([torch.full_like(s, n, dtype=torch.int64) for s, n in zip(scores, sizes)])
+    order = flat.argsort(stable=True)
+    held = cost.to(flat.device)[order].cumsum(0)
+    units = int(torch.searchsorted(held, count)) + 1 if count else 0
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen[order[:units]] = True
+    return _split(chosen, scores)
+
+
+def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The `count` lowest scores; equals `lowest_by_sort` for units of one weight, and is faster."""
+    flat = torch.cat([s.to(scores[0].device) for s in scores])
+    if count == 0:
+        return _split(torch.zeros_like(flat, dtype=torch.bool), scores)
+    threshold = flat.kthvalue(count).values
+    chosen = flat < threshold
+    tied = (flat == threshold).nonzero().squeeze(1)
+    chosen[tied[: count - int(chosen.sum())]] = True
+    return _split(chosen, scores)
+
+
+def _split(chosen: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = chosen.split([s.numel() for s in like])
+    return [part.to(s.device) for part, s in zip(parts, like)]
+
+
+def select_units(groups: Sequence[Group], sparsity: float, criterion: Criterion) -> list[Tensor]:
+    """The units to remove, a bool tensor of shape (units,) a group, True where one goes.
+
+    `round(sparsity * weights)` weights go; where units hold several, the fewest that reach it.
+    NotFinite, a ValueError, if a score is NaN or infinite.
+    """
+    scores = [group.scores(criterion) for group in groups]
+    _require_finite(groups, scores)
+    count = round(check_sparsity(sparsity) * prunable(groups))
+    if all(group.size == 1 for group in groups):
+        return lowest(scores, count)
+    return lowest_by_sort(scores, [group.size for group in groups], count)
+
+
+def _require_finite(groups: Sequence[Group], scores: Sequence[Tensor]) -> None:
+    # The maximum is NaN or infinite if any score is: one pass that allocates nothing.
+    for group, score in zip(groups, scores):
+        if not math.isfinite(score.max()):
+            raise NotFinite(
+                f"{group.name} holds NaN or infinite weights (or scores), so nothing can be ranked: "
+                "training has diverged; lower the learning rate or the penalty, or clip gradients"
+            )
+
+
+@torch.no_grad()
+def select(groups: Sequence[Group], sparsity: float, criterion: Criterion = magnitude) -> Masks:
+    """Masks that keep the highest scores over all groups and remove the fraction `sparsity`."""
+    chosen = select_units(groups, sparsity, criterion)
+    return {group.name: group.spread(~units) for group, units in zip(groups, chosen)}
+
+
+@torch.no_grad()
+def apply_(model: nn.Module, masks: Masks) -> None:
+    """Set the weights that `masks` removes to zero, in place; the rest is not touched."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        check_mask(name, mask, parameters)
+        # Not a product: that would leave -0.0, and NaN where the weight was infinite.
+        parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
+
+
+def check_mask(name: str, mask: Tensor, parameters: dict[str, nn.Parameter]) -> None:
+    """ValueError unless `mask` is a bool tensor that fits the parameter `name`."""
+    if name not in parameters:
+        raise ValueError(f"mask {name!r} fits no parameter; the model has {sorted(parameters)}")
+    if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+        raise ValueError(
+            f"the mask of {name!r} must be bool of shape {tuple(parameters[name].shape)}, "
+            f"not {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+
+
+def sparsity_of(masks: Masks) -> float:
+    """The fraction of the masked parameters' weights that is removed, in [0, 1]."""
+    total = sum(mask.numel() for mask in masks.values())
+    return 1.0 - sum(int(mask.sum()) for mask in masks.values()) / total if total else 0.0

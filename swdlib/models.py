@@ -1,0 +1,168 @@
+"""Networks: small ones for a first look, the ResNets of CIFAR, and torchvision's classifiers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def build_model(
+    name: str, *, channels: int = 3, size: int = 32, classes: int = 10, width: int | None = None
+) -> nn.Module:
+    """Return a new network for images of shape (channels, size, size), its weights drawn at random.
+
+    `name` is a key of `MODELS` or any classifier of torchvision, such as "resnet50". `width` scales
+    a network of `MODELS` (see its builder; None is the builder's default); torchvision's have none.
+    The weights follow torch's global seed: call `torch.manual_seed` first to draw the same again.
+    """
+    _check_positive(channels=channels, size=size, classes=classes)
+    if width is not None:
+        _check_positive(width=width)
+    if name not in MODELS:
+        return _from_torchvision(name, channels, classes, width)
+    options = {} if width is None else {"width": width}
+    return MODELS[name](channels=channels, size=size, classes=classes, **options)
+
+
+def mlp(*, channels: int, size: int, classes: int, width: int = 128) -> nn.Module:
+    """Two hidden layers of `width` units on the flattened image."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * size * size, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, classes),
+    )
+
+
+def cnn(*, channels: int, size: int, classes: int, width: int = 16) -> nn.Module:
+    """Three 3x3 convolutions of `width`, 2 `width` and 4 `width` maps; images of any size."""
+    layers: list[nn.Module] = []
+    for before, after, stride in (
+        (channels, width, 1),
+        (width, 2 * width, 2),
+        (2 * width, 4 * width, 2),
+    ):
+        layers += [_conv(before, after, stride), nn.BatchNorm2d(after), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)]
+    return _initialise(nn.Sequential(*layers, *head))
+
+
+def resnet(*, depth: int, channels: int, size: int, classes: int, width: int = 16) -> nn.Module:
+    """The ResNet for CIFAR of He et al. (2016, arXiv 1512.03385, section 4.2); images of any size.
+
+    `depth` is 6n + 2 layers: a stem, three stages of n blocks, a linear layer. `width` is the
+    number of maps of the first stage: 16 in that paper, 64 in that of Selective Weight Decay.
+    """
+    return _initialise(ResNet((depth - 2) // 6, channels, classes, width))
+
+
+class ResNet(nn.Module):
+    """A 3x3 stem, three stages of `blocks` residual blocks, global average pooling, a linear layer.
+
+    The stages have `width`, 2 `width` and 4 `width` maps, the second and third at half the size of
+    the one before.
+    """
+
+    def __init__(self, blocks: int, channels: int, classes: int, width: int) -> None:
+        super().__init__()
+        self.conv = _conv(channels, width)
+        self.bn = nn.BatchNorm2d(width)
+        self.stage1 = _stage(blocks, width, width, stride=1)
+        self.stage2 = _stage(blocks, width, 2 * width, stride=2)
+        self.stage3 = _stage(blocks, 2 * width, 4 * width, stride=2)
+        self.linear = nn.Linear(4 * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = F.relu(self.bn(self.conv(images)))
+        maps = self.stage3(self.stage2(self.stage1(maps)))
+        return self.linear(maps.mean(dim=(2, 3)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut: a 1x1 convolution where the shape changes."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        # Batch norm subtracts the mean, so these two biases change nothing. They are here because
+        # the published network has them: without, it would be 2,688 short of 4,330,442 parameters.
+        self.conv1 = _conv(before, after, stride, bias=True)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = _conv(after, after, bias=True)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != after:
+            project = nn.Conv2d(before, after, kernel_size=1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(project, nn.BatchNorm2d(after))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        inside = F.relu(self.bn1(self.conv1(maps)))
+        return F.relu(self.bn2(self.conv2(inside)) + self.shortcut(maps))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet20": partial(resnet, depth=20),
+    "resnet32": partial(resnet, depth=32),
+    "resnet56": partial(resnet, depth=56),
+}
+
+
+def _stage(blocks: int, before: int, after: int, stride: int) -> nn.Sequential:
+    rest = [BasicBlock(after, after, stride=1) for _ in range(blocks - 1)]
+    return nn.Sequential(BasicBlock(before, after, stride), *rest)
+
+
+def _conv(before: int, after: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1, bias=bias)
+
+
+def _initialise(model: nn.Module) -> nn.Module:
+    """Draw the convolutions as He et al. (2015, arXiv 1502.01852); the linear layer is torch's."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
+def _from_torchvision(name: str, channels: int, classes: int, width: int | None) -> nn.Module:
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        raise ValueError(_unknown(name, names))
+    if width is not None:
+        raise ValueError(
+            f"width must be None for torchvision's {name}, which has none, not {width}"
+        )
+    if channels != 3:
+        raise ValueError(f"channels must be 3 for torchvision's {name}, not {channels}")
+    # In training mode these two would return the outputs of auxiliary classifiers as well.
+    plain = {"aux_logits": False, "init_weights": True}
+    options: dict[str, Any] = plain if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=classes, **options)
+
+
+def _unknown(name: str, names: list[str]) -> str:
+    message = (
+        f"model must be one of {', '.join(MODELS)} or any torchvision classifier, not {name!r}"
+    )
+    close = difflib.get_close_matches(str(name), [*MODELS, *names])
+    return f"{message}; did you mean {' or '.join(close)}?" if close else message
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a whole number, not {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")

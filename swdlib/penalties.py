@@ -1,0 +1,214 @@
+"""Penalties: terms of the loss that prepare a network for pruning while it trains."""
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from swdlib.criteria import Criterion, magnitude
+from swdlib.masks import Masks, apply_, check_mask, check_sparsity, find_groups, select
+from swdlib.masks import select_units
+from swdlib.schedules import Exponential, Schedule, as_schedule
+from swdlib.structures import Structure, weights
+
+Update = Literal["gradient", "proximal"]
+
+
+class SelectiveWeightDecay:
+    """A weight decay that grows on the weights that would be pruned now (Tessier et al. 2022).
+
+    The loss gains `a(t) * mu / 2 * ||w*||^2` (arXiv 2011.10520, equation 2): t is the share of
+    `steps` that is done, a(t) the `strength`, mu the `weight_decay`, and w* the weights that pruning
+    to `sparsity` would remove, chosen anew at every step. The optimizer's own weight decay, which
+    acts on all weights, stays as it is.
+
+    Args:
+        model: any module; it is neither wrapped nor renamed.
+        sparsity: fraction of prunable weights to remove, in [0, 1), or a schedule of it.
+        steps: optimizer steps over which the strength grows, at least 1.
+        weight_decay: mu.
+        strength: a number or a schedule of a; the published one is Exponential(0.1, 1e5).
+        structure: what is pruned together.
+        criterion: what is pruned first: the lowest scores.
+        update: "gradient" adds a*mu*w* to the gradients before the step, as published; "proximal"
+            divides w* by 1 + lr*a*mu after the step, which no strength can make diverge.
+
+    Raises ValueError or TypeError for an argument that is not allowed, and ValueError at any step
+    at which a weight is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float | Schedule,
+        steps: int,
+        weight_decay: float = 5e-4,
+        strength: float | Schedule = Exponential(0.1, 1e5),
+        structure: Structure = weights,
+        criterion: Criterion = magnitude,
+        update: Update = "gradient",
+    ) -> None:
+        self.model = model
+        self.groups = find_groups(model, structure)
+        self.criterion = criterion
+        self._sparsity = as_schedule(sparsity)
+        self._strength = as_schedule(strength)
+        self.steps = steps
+        self.weight_decay = weight_decay
+        self.update = update
+        self.step = 0
+        self.masks: Masks = {}
+        self._owned: set[int] = set()
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._check()
+
+    def _check(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(
+                f"steps must be a whole number of at least 1, not {self.steps!r}; "
+                "usually epochs * len(loader)"
+            )
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay!r}")
+        if self.update not in get_args(Update):
+            raise ValueError(f"update must be one of {get_args(Update)}, not {self.update!r}")
+        for progress in (0.0, 1.0):  # a schedule's mistakes come to light before training starts
+            check_sparsity(self._sparsity(progress))
+            _check_strength(self._strength(progress))
+
+    @property
+    def progress(self) -> float:
+        """The share of `steps` that is done, in [0, 1]."""
+        return min(self.step / self.steps, 1.0)
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity that w* is chosen for now."""
+        return check_sparsity(self._sparsity(self.progress))
+
+    @property
+    def strength(self) -> float:
+        """The strength a now."""
+        return _check_strength(self._strength(self.progress))
+
+    def penalty(self) -> Tensor:
+        """The term that the loss gains, a * mu / 2 * ||w*||^2, through autograd.
+
+        Slow and obvious: for reading, and for testing the fast path against. A loop that adds it to
+        its loss calls `advance()` after each step instead of `attach(optimizer)`.
+        """
+        masks = select(self.groups, self.sparsity, self.criterion)
+        squares = [(g.parameter * ~masks[g.name]).square().sum() for g in self.groups]
+        device = squares[0].device
+        norm = torch.stack([square.to(device) for square in squares]).sum()
+        return 0.5 * self.strength * self.weight_decay * norm
+
+    def advance(self) -> None:
+        """Count an optimizer step."""
+        self.step += 1
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Join an optimizer: from now on each of its steps applies the penalty.
+
+        It acts after gradients are accumulated, unscaled and clipped. ValueError if the optimizer
+        has none of the prunable parameters or the penalty is attached already.
+        """
+        # accelerate wraps the optimizer; hooks belong on the one that takes the steps.
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if self._hooks:
+            raise ValueError("the penalty is attached already; call detach() first")
+        self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(group.parameter) in self._owned for group in self.groups):
+            raise ValueError(
+                f"the {type(optimizer).__name__} has none of the {len(self.groups)} prunable "
+                f"parameters of {type(self.model).__name__}; build it from model.parameters()"
+            )
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def detach(self) -> None:
+        """Leave the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add_gradients()
+            return None
+
+        def closure_with_penalty() -> Any:  # Lightning's way: the backward pass runs inside step()
+            loss = closure()
+            self._add_gradients()
+            return loss
+
+        return args[:1], {**kwargs, "closure": closure_with_penalty}
+
+    @torch.no_grad()
+    def _add_gradients(self) -> None:
+        if self.masks or self.update != "gradient":
+            return
+        scale = self.strength * self.weight_decay
+        for parameter, chosen in self._selected():
+            if parameter.grad is None:  # the penalty alone gives a gradient, as in autograd
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_(parameter.masked_fill(~chosen, 0.0), alpha=scale)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.masks:  # momentum and decay must not revive what was pruned
+            apply_(self.model, self.masks)
+        elif self.update == "proximal":
+            self._shrink(optimizer)
+        self.advance()
+
+    def _shrink(self, optimizer: Optimizer) -> None:
+        rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+        scale = self.strength * self.weight_decay
+        for parameter, chosen in self._selected():
+            factor = 1.0 + rates[id(parameter)] * scale
+            parameter.copy_(torch.where(chosen, parameter / factor, parameter))
+
+    def _selected(self) -> list[tuple[nn.Parameter, Tensor]]:
+        units = select_units(self.groups, self.sparsity, self.criterion)
+        pairs = [(g.parameter, g.spread(chosen)) for g, chosen in zip(self.groups, units)]
+        return [pair for pair in pairs if id(pair[0]) in self._owned]
+
+    def prune(self) -> Masks:
+        """Set w* to zero at the final sparsity and return the masks, True where a weight stays.
+
+        Weights stay zero through later steps of an attached optimizer; the penalty then rests.
+        """
+        self.masks = select(self.groups, self._sparsity(1.0), self.criterion)
+        apply_(self.model, self.masks)
+        return self.masks
+
+    def report(self) -> dict[str, float]:
+        """What a record keeps of the penalty at this step."""
+        return {"strength": self.strength, "target": self.sparsity}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the step, and the masks once pruned."""
+        return {"step": self.step, "masks": dict(self.masks)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; ValueError if it does not fit this penalty or model."""
+        if set(state) != {"step", "masks"}:
+            raise ValueError(f"a penalty's state has keys 'step' and 'masks', not {sorted(state)}")
+        parameters = {group.name: group.parameter for group in self.groups}
+        for name, mask in state["masks"].items():
+            check_mask(name, mask, parameters)
+        self.step = int(state["step"])
+        self.masks = {name: mask.clone() for name, mask in state["masks"].items()}
+
+
+def _check_strength(strength: float) -> float:
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"strength must be 0 or more, not {strength!r}")
+    return strength

@@ -1,0 +1,106 @@
+"""Records: a run as a small JSON file, addressed by its configuration."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Where and how a run is done, not what: the same result is expected with any of these.
+NOT_ADDRESSED = ("data_root", "device")
+
+# Names that the configuration shares with what a row measures.
+RENAMED = {"sparsity": "target_sparsity", "lr": "peak_lr"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    `config` holds the configuration; `rows` a dict a training epoch and a cut; `provenance` the
+    versions, machine and dataset; `status` is "finished" or "diverged".
+    """
+
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    status: str = "finished"
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The last row: what the run is judged by, whatever came before."""
+        return self.rows[-1]
+
+
+def address(config: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits that stand for the configuration."""
+    addressed = {k: v for k, v in config.items() if k not in NOT_ADDRESSED}
+    text = json.dumps(addressed, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def path_of(config: dict[str, Any], folder: Path) -> Path:
+    """Where the record of a configuration lies: a readable name, then its address."""
+    name = "-".join(str(config[k]) for k in ("dataset", "model", "recipe", "sparsity"))
+    return folder / str(config["profile"]) / f"{name}-{address(config)}.json"
+
+
+def default_folder() -> Path:
+    """`book/records` if swdlib runs from a checkout of its repository, otherwise `./records`."""
+    book = Path(__file__).resolve().parent.parent / "book"
+    return book / "records" if book.is_dir() else Path("records")
+
+
+def save(record: Record, folder: Path) -> Path:
+    """Write the record, whole or not at all, and return its path."""
+    path = path_of(record.config, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished.write_text(_to_json(asdict(record)), encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def _to_json(content: dict[str, Any]) -> str:
+    # A line a row: small files whose changes can be read.
+    rows = ",\n".join("  " + json.dumps(row) for row in content.pop("rows"))
+    head = json.dumps(content, indent=1)
+    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
+
+
+def load(path: Path) -> Record:
+    """Read a record; ValueError if the file is damaged or its address is not its configuration's."""
+    try:
+        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        expected = address(record.config)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no readable record: {error}") from error
+    if not path.stem.endswith(expected):
+        raise ValueError(f"{path} has been changed: its configuration has the address {expected}")
+    return record
+
+
+def load_records(folder: str | Path | None = None) -> "pd.DataFrame":
+    """All records below `folder` as one tidy table: a row a recorded row.
+
+    Each row has the run's address in `run`, its configuration, `status` and `data_source` beside
+    what was measured. Of the configuration, `sparsity` is called `target_sparsity` and `lr`
+    `peak_lr`: `sparsity` and `lr` are those of the row.
+    """
+    import pandas as pd  # here, as it takes long to import
+
+    rows: list[dict[str, Any]] = []
+    for path in sorted(Path(folder or default_folder()).rglob("*.json")):
+        record = load(path)
+        shared = {
+            "run": address(record.config),
+            "status": record.status,
+            "data_source": record.provenance["dataset"]["source"],
+            **{RENAMED.get(name, name): value for name, value in record.config.items()},
+        }
+        rows += [{**shared, **row} for row in record.rows]
+    return pd.DataFrame(rows)

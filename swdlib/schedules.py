@@ -1,0 +1,152 @@
+"""Schedules: how a number changes while a network trains.
+
+A schedule maps progress, from 0 (start) to 1 (end), to a value. The same type serves the strength of
+a penalty, a sparsity that rises and a learning rate. Each is a frozen dataclass, so it can be
+compared, printed and drawn, and any function of progress does as well.
+
+>>> Exponential(0.1, 1e5)(0.5)
+100.0
+>>> Cubic(0.0, 0.9, begin=0.2, finish=0.7)(0.1)
+0.0
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[float], float]
+
+
+def _require_finite(**values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value throughout."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _require_finite(value=self.value)
+
+    def __call__(self, progress: float) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Ramp:
+    """From `start` to `end` while progress goes from `begin` to `finish`; flat before and after."""
+
+    start: float
+    end: float
+    begin: float = 0.0
+    finish: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_finite(start=self.start, end=self.end)
+        if not 0.0 <= self.begin < self.finish <= 1.0:
+            raise ValueError(
+                f"begin and finish must satisfy 0 <= begin < finish <= 1, "
+                f"not begin={self.begin!r}, finish={self.finish!r}"
+            )
+
+    def __call__(self, progress: float) -> float:
+        # The ends are returned as given: rounding must not turn a target of 0.98 into 0.98 - 1e-17.
+        if progress <= self.begin:
+            return self.start
+        if progress >= self.finish:
+            return self.end
+        return self._between((progress - self.begin) / (self.finish - self.begin))
+
+    def _between(self, u: float) -> float:
+        """The value at `u`, the share of the ramp that is done, in (0, 1)."""
+        raise NotImplementedError
+
+
+class Linear(_Ramp):
+    """A straight line from `start` to `end`."""
+
+    def _between(self, u: float) -> float:
+        return self.start + (self.end - self.start) * u
+
+
+class Exponential(_Ramp):
+    """A constant ratio from one step to the next: start * (end / start) ** u.
+
+    This is the published growth of SWD's penalty (Tessier et al. 2022, arXiv 2011.10520).
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start <= 0 or self.end <= 0:
+            raise ValueError(
+                f"an exponential schedule needs start and end above 0, "
+                f"not start={self.start!r}, end={self.end!r}; use Linear to reach 0"
+            )
+
+    def _between(self, u: float) -> float:
+        return float(self.start * (self.end / self.start) ** u)
+
+
+class Cosine(_Ramp):
+    """Half a cosine from `start` to `end`: slow, fast, slow (Loshchilov & Hutter 2017)."""
+
+    def _between(self, u: float) -> float:
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * u)) / 2
+
+
+class Cubic(_Ramp):
+    """Fast at first, then ever slower: end + (start - end) * (1 - u) ** 3.
+
+    The sparsity of gradual pruning (Zhu & Gupta 2017, arXiv 1710.01878, equation 1).
+    """
+
+    def _between(self, u: float) -> float:
+        return float(self.end + (self.start - self.end) * (1 - u) ** 3)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """`start`, multiplied by `factor` at each of the milestones, which are progress in (0, 1)."""
+
+    start: float
+    factor: float
+    milestones: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _require_finite(start=self.start, factor=self.factor)
+        if not all(0.0 < milestone < 1.0 for milestone in self.milestones):
+            raise ValueError(f"milestones must lie between 0 and 1, not {self.milestones!r}")
+
+    def __call__(self, progress: float) -> float:
+        return self.start * self.factor ** sum(progress >= m for m in self.milestones)
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """Straight lines through (progress, value) points: a warm-up, a triangle, any polyline."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        places = [place for place, _ in self.points]
+        if not places or any(b <= a for a, b in zip(places, places[1:])):
+            raise ValueError(f"points must be in order of rising progress, not {self.points!r}")
+        for place, value in self.points:
+            _require_finite(progress=place, value=value)
+
+    def __call__(self, progress: float) -> float:
+        if progress <= self.points[0][0]:
+            return self.points[0][1]
+        for (left, low), (right, high) in zip(self.points, self.points[1:]):
+            if progress < right:
+                return low + (high - low) * (progress - left) / (right - left)
+        return self.points[-1][1]
+
+
+def as_schedule(value: float | Schedule) -> Schedule:
+    """A schedule as it is, or a number as `Constant`."""
+    return value if callable(value) else Constant(float(value))

@@ -1,0 +1,377 @@
+"""Training: the loop that carries out a list of phases, and evaluation.
+
+The loop knows phases, penalties and masks, never the name of a method. It runs on Hugging Face
+accelerate: on a CPU, one GPU, or several processes, each of which works on its share of every batch.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Optimizer
+from tqdm import tqdm
+
+from swdlib import checkpoints
+from swdlib.masks import Masks, NotFinite, apply_, find_groups, select, sparsity_of
+from swdlib.metrics import count_correct, parameters, weight_histogram
+from swdlib.recipes import Penalty, Phase, Prune, Train
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Row = dict[str, Any]
+
+
+class Data(Protocol):
+    """What the loop needs of a dataset; batches are the same however often they are drawn."""
+
+    def steps(self, batch_size: int) -> int: ...
+    def train_batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def test_batches(
+        self, batch_size: int, *, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The published optimizer: momentum 0.9, weight decay 5e-4; the phases set the rate."""
+    return SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `train` runs.
+
+    Args:
+        optimizer: makes one from parameters, anew in each phase; the phase sets its rate.
+        loss: of (logits, labels, reduction="sum").
+        batch_size: images in a step, over all processes.
+        seed: of batch order, augmentation and dropout.
+        precision: "fp32", or "bf16" or "fp16" autocast.
+        accumulate: parts that a batch is worked through in, to save memory.
+        clip: the largest gradient norm.
+        compile: whether torch.compile is used.
+        channels_last: whether images and weights lie channels last in memory.
+        checkpoint: file that a stopped run resumes from, bit for bit on a CPU.
+        save_every: steps between two writes of the checkpoint.
+        progress: whether a bar is shown.
+    """
+
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = sgd
+    loss: Callable[..., Tensor] = cross_entropy
+    batch_size: int = 128
+    seed: int = 0
+    precision: Precision = "fp32"
+    accumulate: int = 1
+    clip: float | None = None
+    compile: bool = False
+    channels_last: bool = False
+    checkpoint: Path | None = None
+    save_every: int = 500
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(
+                f"precision must be one of {get_args(Precision)}, not {self.precision!r}"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip is a gradient norm above 0, or None, not {self.clip!r}")
+
+
+def train(model: nn.Module, data: Data, phases: Sequence[Phase], **options: Any) -> list[Row]:
+    """Carry out `phases` on `model`, in place, and return a row a training epoch and a cut.
+
+    `model` maps images to logits and is moved to the device of `data`; `options` are the fields of
+    `Options`. Seeds torch's global generators. Raises NotFinite, a ValueError, if training
+    diverges.
+    """
+    return _Loop(model, data, phases, Options(**options)).run()
+
+
+@dataclass
+class _Position:
+    """Where a run is: together with the weights, all that it needs to go on."""
+
+    phase: int = 0
+    epoch: int = 0  # done in this phase
+    batch: int = 0  # done in this epoch
+    images: int = 0  # seen in this epoch
+    seconds: float = 0.0  # spent in this epoch
+    epochs: int = 0  # done in all phases
+    steps: int = 0  # done in all phases
+
+    def next_epoch(self) -> "_Position":
+        return _Position(self.phase, self.epoch + 1, epochs=self.epochs + 1, steps=self.steps)
+
+    def next_phase(self) -> "_Position":
+        return _Position(self.phase + 1, epochs=self.epochs, steps=self.steps)
+
+
+class _Loop:
+    def __init__(self, model: nn.Module, data: Data, phases: Sequence[Phase], options: Options):
+        self.model, self.data, self.phases, self.options = model, data, phases, options
+        self.device = next(data.test_batches(2))[0].device
+        self.accelerator = _accelerator(self.device, options.precision)
+        self.share = {
+            "rank": self.accelerator.process_index,
+            "world": self.accelerator.num_processes,
+        }
+        self.steps_per_epoch = data.steps(options.batch_size)
+        self.at = _Position()
+        self.rows: list[Row] = []
+        self.masks: Masks = {}
+        self.totals = torch.zeros(2, device=self.device)  # loss, correct: summed over the epoch
+        self.optimizer: Any = None
+        self.penalty: Penalty | None = None
+
+    def run(self) -> list[Row]:
+        self.model.to(self.device)
+        if self.options.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._resume()
+        self.network = self.accelerator.prepare(self.model)
+        if self.options.compile:
+            self.network = torch.compile(self.network)
+        try:
+            with self._bar() as self.bar:
+                self._carry_out()
+        finally:
+            self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+        return self.rows
+
+    def _carry_out(self) -> None:
+        while self.at.phase < len(self.phases):
+            phase = self.phases[self.at.phase]
+            if isinstance(phase, Prune):
+                self._cut(phase)
+            else:
+                self._train(phase)
+            self.at = self.at.next_phase()
+            self.optimizer = self.penalty = None
+
+    def _cut(self, phase: Prune) -> None:
+        groups = find_groups(self.model, phase.structure)
+        self.masks |= select(groups, phase.sparsity, phase.criterion)
+        apply_(self.model, self.masks)
+        self._add_row("prune", {})
+
+    def _train(self, phase: Train) -> None:
+        steps = phase.epochs * self.steps_per_epoch
+        optimizer = self.options.optimizer(self.model.parameters())
+        self.penalty = phase.penalty(self.model, steps=steps) if phase.penalty else None
+        if self.penalty:
+            self.penalty.attach(optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self._restore()
+        while self.at.epoch < phase.epochs:
+            self._epoch(phase, steps)
+        if self.penalty:
+            self.penalty.detach()
+        self.accelerator.free_memory()  # else it would unscale the gradients of old optimizers too
+
+    def _epoch(self, phase: Train, steps: int) -> None:
+        self.network.train()
+        started = time.monotonic() - self.at.seconds
+        rate = 0.0
+        for images, labels in self.data.train_batches(
+            self.options.batch_size,
+            seed=self.options.seed,
+            epoch=self.at.epochs,
+            start=self.at.batch,
+            **self.share,
+        ):
+            rate = phase.lr((self.at.epoch * self.steps_per_epoch + self.at.batch) / steps)
+            self._step(images, labels, rate)
+            self.at.seconds = time.monotonic() - started
+            if self.at.steps % self.options.save_every == 0:
+                self._save()
+        measured = self._end_epoch()
+        self._add_row("train", {"lr": rate, **measured})
+
+    def _step(self, images: Tensor, labels: Tensor, rate: float) -> None:
+        # Seeding every step makes dropout resumable without the generators' states.
+        seed = (self.options.seed * 1_000_003 + self.at.steps) * 1_000_003 + self.share["rank"]
+        torch.manual_seed(seed % 2**63)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self._backward(images, labels)
+        if self.options.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        apply_(self.model, self.masks)  # momentum and weight decay must not revive what was cut
+        self.at.batch += 1
+        self.at.steps += 1
+        self.bar.update()
+
+    def _backward(self, images: Tensor, labels: Tensor) -> None:
+        total = self._over_processes(len(labels))
+        self.at.images += total
+        parts = self.options.accumulate
+        pairs = list(zip(self._layout(images).chunk(parts), labels.chunk(parts)))
+        for i, (some_images, some_labels) in enumerate(pairs):
+            waits = i < len(pairs) - 1  # only the last part's backward pass syncs the processes
+            with self.accelerator.no_sync(self.network) if waits else nullcontext():
+                logits = self.network(some_images)
+                loss = self.options.loss(logits, some_labels, reduction="sum")
+                # The processes' gradients get averaged: each gives `world` times its share.
+                self.accelerator.backward(loss * (self.share["world"] / total))
+            correct = count_correct(logits.detach(), some_labels)
+            self.totals += torch.stack([loss.detach().float(), correct.float()])
+
+    def _layout(self, images: Tensor) -> Tensor:
+        if not self.options.channels_last:
+            return images
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _over_processes(self, number: int) -> int:
+        if self.share["world"] == 1:
+            return number
+        return int(self.accelerator.reduce(torch.tensor(number, device=self.device)))
+
+    def _end_epoch(self) -> Row:
+        loss, correct = (self.accelerator.reduce(self.totals.clone()) / self.at.images).tolist()
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise NotFinite(
+                f"the training loss of epoch {self.at.epochs + 1} is {loss}: training has diverged; "
+                "lower the learning rate or the penalty, or clip gradients"
+            )
+        seconds = self.at.seconds
+        self.totals.zero_()
+        self.at = self.at.next_epoch()
+        return {"train_loss": loss, "train_top1": 100 * correct, "seconds": seconds}
+
+    def _add_row(self, kind: str, measured: Row) -> None:
+        sums = _sums(self.network, self.data, self.options.loss, 1000, **self.share)
+        row = {
+            "kind": kind,
+            "phase": self.at.phase,
+            "epoch": self.at.epochs,
+            "step": self.at.steps,
+            **(self.penalty.report() if self.penalty else {}),
+            **measured,
+            **_means(self.accelerator.reduce(sums)),
+            "sparsity": sparsity_of(self.masks),
+            "parameters": parameters(self.model, self.masks),
+            "weights": weight_histogram(p for p in self.model.parameters() if p.ndim >= 2),
+        }
+        self.rows.append(row)
+        self.bar.set_postfix(epoch=self.at.epochs, top1=f"{row['top1']:.2f}")
+
+    def _bar(self) -> tqdm:  # type: ignore[type-arg]
+        epochs = sum(phase.epochs for phase in self.phases if isinstance(phase, Train))
+        hidden = not (self.options.progress and self.accelerator.is_main_process)
+        total = epochs * self.steps_per_epoch
+        return tqdm(total=total, initial=self.at.steps, unit="step", disable=hidden, mininterval=1)
+
+    def _save(self) -> None:
+        totals = self.accelerator.reduce(self.totals.clone())
+        if self.options.checkpoint is None or not self.accelerator.is_main_process:
+            return
+        state = {
+            "position": vars(self.at),
+            "rows": self.rows,
+            "totals": totals.cpu(),
+            "model": self.model.state_dict(),
+            "masks": self.masks,
+            "optimizer": self.optimizer.state_dict(),
+            "penalty": self.penalty.state_dict() if self.penalty else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+        checkpoints.save(self.options.checkpoint, state)
+
+    def _resume(self) -> None:
+        self.saved = checkpoints.load(self.options.checkpoint)
+        if not self.saved:
+            return
+        self.at = _Position(**self.saved["position"])
+        self.rows = self.saved["rows"]
+        self.model.load_state_dict(self.saved["model"])
+        self.masks = {name: mask.to(self.device) for name, mask in self.saved["masks"].items()}
+        if self.share["rank"] == 0:
+            self.totals += self.saved["totals"].to(self.device)
+
+    def _restore(self) -> None:
+        """Give the phase that was stopped its optimizer, penalty and gradient scale back."""
+        if not self.saved:
+            return
+        self.optimizer.load_state_dict(self.saved["optimizer"])
+        if self.penalty:
+            self.penalty.load_state_dict(self.saved["penalty"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(self.saved["scaler"])
+        self.saved = {}
+
+
+def _accelerator(device: torch.device, precision: Precision) -> Any:
+    from accelerate import Accelerator  # here, as it takes long to import
+    from accelerate.state import AcceleratorState
+
+    # accelerate keeps one precision and device a process; a notebook may train with several.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    mixed = "no" if precision == "fp32" else precision
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device of this process: "auto" takes the best there is, otherwise "cpu", "cuda", "mps"."""
+    from accelerate.state import PartialState
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' is not available here: use 'auto' or 'cpu'")
+    if not torch.distributed.is_initialized():
+        PartialState._reset_state()
+    device: torch.device = PartialState(cpu=name == "cpu").device
+    return device
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process of a run that writes files."""
+    from accelerate.state import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    *,
+    loss: Callable[..., Tensor] = cross_entropy,
+    batch_size: int = 1000,
+) -> dict[str, float]:
+    """Mean loss, and Top-1 and Top-5 accuracy in percent, over all test images of `data`."""
+    model.to(next(data.test_batches(2))[0].device)
+    return _means(_sums(model, data, loss, batch_size))
+
+
+@torch.no_grad()
+def _sums(
+    model: nn.Module, data: Data, loss: Callable[..., Tensor], batch_size: int, **share: int
+) -> Tensor:
+    """Loss, correct at 1, correct at 5 and images, summed over this process' test images."""
+    was_training = model.training
+    model.eval()
+    sums = []
+    for images, labels in data.test_batches(batch_size, **share):
+        logits = model(images)
+        of_batch = loss(logits, labels, reduction="sum")
+        correct = [count_correct(logits, labels, k) for k in (1, 5)]
+        count = torch.tensor(len(labels), device=labels.device)
+        sums.append(torch.stack([of_batch.float(), *(n.float() for n in [*correct, count])]))
+    model.train(was_training)
+    return torch.stack(sums).sum(0)
+
+
+def _means(sums: Tensor) -> dict[str, float]:
+    loss, top1, top5, images = sums.tolist()
+    return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}

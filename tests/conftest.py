@@ -1,0 +1,38 @@
+"""What several test files share: real data in folders, which is never downloaded."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+IN_CI = "SWDLIB_CI" in os.environ
+
+
+def unavailable(reason: str) -> None:
+    """Skip the test, but fail it in CI, where nothing may go untested unseen."""
+    if IN_CI:
+        pytest.fail(f"{reason} (SWDLIB_CI is set, so this may not be skipped)")
+    pytest.skip(reason)
+
+
+def folder_from(variable: str, content: str) -> Path:
+    """Return the folder that an environment variable names; skip if it is not set."""
+    value = os.environ.get(variable)
+    if not value:
+        unavailable(f"set {variable} to a folder with {content} to run this test")
+    folder = Path(str(value))
+    if not folder.is_dir():
+        pytest.fail(f"{variable} must name an existing folder, not {value!r}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder() -> Path:
+    """Return a folder that holds train/<class>/*.jpg and test/<class>/*.jpg of CIFAR-10."""
+    return folder_from("SWDLIB_TEST_CIFAR10", "CIFAR-10 as train/<class>/*.jpg and test/...")
+
+
+@pytest.fixture(scope="session")
+def imagenet_folder() -> Path:
+    """Return a folder that holds val/<wnid>/*.JPEG of ImageNet."""
+    return folder_from("SWDLIB_TEST_IMAGENET", "ImageNet images as val/<wnid>/*.JPEG")

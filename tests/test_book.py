@@ -1,0 +1,342 @@
+"""The book: its notebooks as they are stored, the pipeline, and every page in a real browser."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+from papermill.exceptions import PapermillExecutionError
+from playwright.sync_api import Browser, Page, Playwright, sync_playwright
+from playwright.sync_api import Error as BrowserError
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+from book import build
+from tests.conftest import unavailable
+
+NOTEBOOKS = build.notebook_names(build.BOOK)
+PAGES = [*parse_toc_yaml(build.BOOK / "_toc.yml"), "search"]
+WIDTHS = {"desktop": 1280, "phone": 390}
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+]
+
+
+# The notebooks as they are stored
+
+
+def read(name: str) -> Any:
+    """Return the stored notebook `name`."""
+    return nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4)
+
+
+def tagged(notebook: Any, tag: str) -> list[Any]:
+    """Return the cells of a notebook that carry a tag."""
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def test_every_notebook_of_the_book_is_a_page() -> None:
+    assert NOTEBOOKS
+    assert {path.stem for path in build.BOOK.glob("*.ipynb")} == set(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_stored_clean(name: str) -> None:
+    path = build.BOOK / f"{name}.ipynb"
+    assert path.read_text("utf-8") == build.stripped(path), "run `make strip`"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_has_one_cell_of_parameters(name: str) -> None:
+    assert len(tagged(read(name), "parameters")) == 1
+    assert build.parameters_of(build.BOOK / f"{name}.ipynb")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_valid_and_names_the_kernel_that_runs_it(name: str) -> None:
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+# The pipeline
+
+
+def code(source: str, *tags: str, count: int | None = None, outputs: Any = ()) -> Any:
+    """Return a code cell."""
+    return nbformat.v4.new_code_cell(
+        source, metadata={"tags": list(tags)}, execution_count=count, outputs=list(outputs)
+    )
+
+
+def stored(folder: Path, *cells: Any) -> Path:
+    """Write a small notebook and return its path."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=list(cells), metadata={"kernelspec": kernel})
+    nbformat.write(notebook, folder / "small.ipynb")
+    return folder / "small.ipynb"
+
+
+SHOWN = nbformat.v4.new_output("stream", name="stdout", text="1\n")
+FAILED = nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=[])
+
+
+def test_unknown_parameter_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    source = stored(tmp_path, code("seed: int = 0", "parameters"))
+    target = tmp_path / "out.ipynb"
+    with pytest.raises(ValueError, match=r"small.ipynb has no parameter sead; it has: seed"):
+        build.execute(source, target, {"sead": 1}, folder=tmp_path)
+    assert not target.exists()
+
+
+@pytest.mark.slow
+def test_parameters_reach_the_notebook_which_runs_in_its_folder(tmp_path: Path) -> None:
+    report = code("from pathlib import Path\nprint(seed + 1, Path.cwd().name)")
+    source = stored(tmp_path, code("seed: int = 0", "parameters"), report)
+    target = tmp_path / "out.ipynb"
+    build.execute(source, target, {"seed": 41}, folder=tmp_path)
+    build.check_outputs(target)
+    assert f"42 {tmp_path.name}" in target.read_text()
+    assert "42" not in source.read_text()
+
+
+@pytest.mark.slow
+def test_failing_notebook_stops_the_build(tmp_path: Path) -> None:
+    source, target = stored(tmp_path, code("1 / 0")), tmp_path / "out.ipynb"
+    with pytest.raises(PapermillExecutionError, match="ZeroDivisionError"):
+        build.execute(source, target, {}, folder=tmp_path)
+    with pytest.raises(ValueError, match="a cell that failed"):
+        build.check_outputs(target)
+
+
+@pytest.mark.parametrize(
+    ("cells", "fault"),
+    [
+        ([code("f()", count=1, outputs=[FAILED])], "a cell that failed"),
+        ([code("f()", count=1, outputs=[SHOWN]), code("g()")], "a cell that never ran"),
+        ([code("f()", count=1), code("g()", count=2)], "shows no output"),
+    ],
+)
+def test_page_that_would_mislead_is_refused(tmp_path: Path, cells: Any, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        build.check_outputs(stored(tmp_path, *cells))
+
+
+def test_page_that_ran_is_accepted(tmp_path: Path) -> None:
+    prose = nbformat.v4.new_markdown_cell("Prose")
+    ran = code("x = 1", count=1), code("print(x)", count=2, outputs=[SHOWN])
+    build.check_outputs(stored(tmp_path, prose, *ran, code("")))
+
+
+def test_stripping_removes_what_a_run_leaves(tmp_path: Path) -> None:
+    path = stored(tmp_path, code("print(1)", count=1, outputs=[SHOWN]))
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["papermill"] = {"duration": 1.0}
+    notebook.cells[0].metadata["papermill"] = {"duration": 1.0}
+    nbformat.write(notebook, path)
+    path.write_text(build.stripped(path))
+    assert "papermill" not in path.read_text()
+    [cell] = nbformat.read(path, as_version=4).cells
+    assert (cell.source, cell.outputs, cell.execution_count) == ("print(1)", [], None)
+
+
+def test_stage_holds_committed_records_but_not_those_of_trials(tmp_path: Path) -> None:
+    for name in ("records/cifar10/run.json", "records/smoke/run.json", "page.md", "build.py"):
+        (tmp_path / "book" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "book" / name).write_text("{}")
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "old.md").write_text("gone")
+    build.copy_sources(tmp_path / "book", tmp_path / "stage")
+    found = {str(p.relative_to(tmp_path / "stage")) for p in (tmp_path / "stage").rglob("*.*")}
+    assert found == {"page.md", "records/cifar10/run.json"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("1e-4", 1e-4),
+        ("true", True),
+        ("None", None),
+        ("[0.9, 0.99]", [0.9, 0.99]),
+        ("swd", "swd"),
+        ("", ""),
+        ("a b", "a b"),
+        ("__import__('os')", "__import__('os')"),
+    ],
+)
+def test_values_are_read_as_they_are_written(text: str, value: object) -> None:
+    assert build.value_of(text) == value
+
+
+def test_unknown_notebook_lists_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be one of .*, not 'nowhere'"):
+        build.run_one("nowhere", {}, tmp_path)
+
+
+def test_command_line_reports_an_error_without_a_traceback() -> None:
+    with pytest.raises(SystemExit, match="error: the notebook must be one of"):
+        build.main(["notebook", "nowhere", "-p", "seed", "1"])
+
+
+# Every page in a browser
+
+
+@pytest.fixture(scope="session")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the whole book once and return the folder of its pages."""
+    return build.build(build.BOOK, tmp_path_factory.mktemp("book")).parent
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Start Debian's Chromium, or else Playwright's own."""
+    with sync_playwright() as playwright:
+        try:
+            started = start(playwright)
+        except BrowserError:
+            unavailable("apt-get install chromium, or run `playwright install chromium`")
+        yield started
+        started.close()
+
+
+def start(playwright: Playwright) -> Browser:
+    """Launch the browser that is installed."""
+    path = str(CHROMIUM) if CHROMIUM.exists() else None
+    return playwright.chromium.launch(executable_path=path, args=FLAGS)
+
+
+@dataclass
+class Visit:
+    """A page opened from disk, with the network off, and what went wrong on it."""
+
+    page: Page
+    address: str
+    faults: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Listen, open the page and wait for its formulas."""
+        self.page.on("console", lambda m: self.faults.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("requestfailed", lambda request: self.faults.append(request.url))
+        self.page.on("request", lambda request: self.judge(request.url))
+        self.page.goto(self.address)
+        self.page.evaluate("window.MathJax?.startup?.promise.then(() => true)")
+
+    def judge(self, address: str) -> None:
+        """Note a request that leaves the disk."""
+        if urlsplit(address).scheme not in ("file", "data", "blob"):
+            self.faults.append(f"asked for {address}")
+
+
+@pytest.fixture(params=WIDTHS)
+def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """Return an empty tab without network, as wide as a desktop's or a phone's."""
+    size = {"width": WIDTHS[request.param], "height": 844}
+    context = browser.new_context(viewport=size, offline=True)  # type: ignore[arg-type]
+    context.set_default_timeout(20_000)
+    yield context.new_page()
+    context.close()
+
+
+pages = pytest.mark.parametrize("name", PAGES)
+
+VISIBLE_TEXT = """() => {
+    const article = document.querySelector("article, main").cloneNode(true);
+    article.querySelectorAll("pre, code, script, style, mjx-container").forEach(e => e.remove());
+    return article.textContent;
+}"""
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
+
+
+@pytest.mark.slow
+@pages
+def test_page_opens_from_disk_without_a_fault(html: Path, page: Page, name: str) -> None:
+    visit = Visit(page, (html / f"{name}.html").as_uri())
+    page.wait_for_load_state("networkidle")
+    assert visit.faults == []
+    assert page.evaluate(OVERFLOW) <= 0
+
+
+@pytest.mark.slow
+@pages
+def test_formulas_are_set(html: Path, page: Page, name: str) -> None:
+    Visit(page, (html / f"{name}.html").as_uri())
+    formulas = page.locator(".math").count()
+    assert page.locator(".math mjx-container").count() >= formulas
+    assert page.locator("mjx-merror").count() == 0
+    # The first page counts as having the formulas of the pages it lists.
+    assert name == PAGES[0] or page.locator("script[src*=mathjax]").count() == (formulas > 0)
+    assert not re.search(r"\$\$|\\\(|\\\[|\\[a-z]{2,}|\$[^$\n]+\$", page.evaluate(VISIBLE_TEXT))
+
+
+@pytest.mark.slow
+@pages
+def test_images_load_and_say_what_they_show(html: Path, page: Page, name: str) -> None:
+    Visit(page, (html / f"{name}.html").as_uri())
+    for image in page.locator("img").all():
+        alternative = image.get_attribute("alt") or ""
+        assert len(alternative.split()) > 1, image.get_attribute("src")
+        assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+
+
+@pytest.mark.slow
+@pages
+def test_links_inside_the_book_lead_somewhere(html: Path, page: Page, name: str) -> None:
+    Visit(page, (html / f"{name}.html").as_uri())
+    for link in page.evaluate(LINKS):
+        parts = urlsplit(link)
+        if parts.scheme == "file":
+            target = Path(unquote(parts.path))
+            assert target.is_file(), link
+            anchor = unquote(parts.fragment)
+            assert not anchor or f'id="{anchor}"' in target.read_text("utf-8"), link
+
+
+@pytest.mark.slow
+def test_search_finds_a_word(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / "search.html").as_uri() + "?q=pruning")
+    page.locator("#search-results li").first.wait_for()
+    page.locator("#search-results li a").first.click()
+    page.locator("article h1").wait_for()
+    assert "search.html" not in page.url
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_search_starts_from_the_one_button(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / "intro.html").as_uri())
+    buttons = page.locator(".search-button:visible, .search-button__button:visible")
+    if buttons.count() == 0:
+        page.locator(".primary-toggle:visible").first.click()
+    assert buttons.count() == 1
+    buttons.click()
+    field = page.locator("input[name=q]:visible")
+    field.fill("pruning")
+    field.press("Enter")
+    page.locator("#search-results li").first.wait_for()
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES[:2])
+def test_page_turns_dark(html: Path, page: Page, name: str) -> None:
+    visit = Visit(page, (html / f"{name}.html").as_uri())
+    for _ in range(3):
+        page.locator(".theme-switch-button:visible").first.click()
+        if page.locator("html").get_attribute("data-theme") == "dark":
+            break
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(int(part) for part in re.findall(r"\d+", colour)[:3]) < 64, colour
+    assert visit.faults == []
