@@ -7,6 +7,7 @@ between processes, or moved to another device sees the same images as one that r
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
 import io
@@ -93,7 +94,7 @@ class Dataset:
 
     def steps(self, batch_size: int, *, world: int = 1) -> int:
         """Return the number of training batches of an epoch, as `train_batches` makes them."""
-        _check_share(batch_size, 0, world)
+        _check_share(batch_size, 0, world, least=2)
         full, rest = divmod(len(self.train), batch_size)
         return full + (rest >= 2 * world)
 
@@ -113,7 +114,7 @@ class Dataset:
         `world`-th image of a batch. A last batch that would leave any process fewer than 2 images
         is left out, since batch normalisation cannot normalise one; every other image is seen once.
         """
-        _check_share(batch_size, rank, world)
+        _check_share(batch_size, rank, world, least=2)
         if start < 0:
             raise ValueError(f"start must be at least 0, not {start}")
         order = torch.randperm(len(self.train), generator=_generator(seed, epoch))
@@ -206,9 +207,8 @@ def _hold_out(data: Dataset, fraction: float) -> Dataset:
     count = round(fraction * len(data.train))
     if not 1 <= count <= len(data.train) - 2:
         left = f"{len(data.train) - count} of {len(data.train)} training images"
-        raise ValueError(
-            f"holdout must take 1 image or more and leave 2, not {fraction}: {left} left"
-        )
+        raise ValueError(f"holdout must take 1 image and leave 2, not {fraction}: {left} remain")
+    # One permutation for all fractions: a smaller holdout is a part of a larger one.
     order = torch.randperm(len(data.train), generator=_generator(HOLDOUT_SEED))
     train, test = data.train[order[count:]], data.train[order[:count]]
     return replace(data, train=train, test=test, fingerprint=_fingerprint(train, test))
@@ -229,14 +229,17 @@ def _fingerprint(train: Split, test: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_share(batch_size: int, rank: int, world: int) -> None:
+def _check_share(batch_size: int, rank: int, world: int, least: int = 1) -> None:
+    """Check how batches are shared out, with `least` images for each process."""
     if world < 1:
         raise ValueError(f"world must be at least 1, not {world}")
     if not 0 <= rank < world:
-        raise ValueError(f"rank must be in [0, {world}), not {rank}")
-    if batch_size < 2 * world:
-        least = f"{2 * world}, 2 images a process"
-        raise ValueError(f"batch_size must be at least {least}, not {batch_size}")
+        raise ValueError(f"rank must be at least 0 and less than world, {world}, not {rank}")
+    if batch_size < least * world:
+        raise ValueError(
+            f"batch_size must be at least {least * world}, not {batch_size}: "
+            f"each of {world} processes needs {least} of its images"
+        )
 
 
 # Digits ------------------------------------------------------------------------------------------
@@ -352,12 +355,13 @@ def _read_archive(files: Sequence[Path]) -> tuple[Split, Split]:
     """Read the members that are wanted, by name; nothing is unpacked to disk."""
     contents = {}
     try:
-        with tarfile.open(files[0]) as archive:
+        # Unpacked as a whole, since only the end has the checksum, and tarfile does not go there.
+        whole = io.BytesIO(gzip.decompress(files[0].read_bytes()))
+        with tarfile.open(fileobj=whole) as archive:
             for member in archive:
                 name = Path(member.name).name
-                if name.removesuffix(".bin") in CIFAR10_FILES and (
-                    file := archive.extractfile(member)
-                ):
+                wanted = name.removesuffix(".bin") in CIFAR10_FILES
+                if wanted and (file := archive.extractfile(member)):
                     contents[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{files[0]} is damaged, fetch it again: {error}") from error

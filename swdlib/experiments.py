@@ -30,7 +30,7 @@ from swdlib.schedules import Cosine, Piecewise, Schedule, Steps
 from swdlib.structures import STRUCTURES
 from swdlib.training import Options, Precision, find_device, is_main_process, train
 
-_SMALL = {"lr_schedule": "triangle", "nesterov": True, "finetune_epochs": 2}
+_SMALL = {"lr_schedule": "triangle", "nesterov": True}
 
 # "paper" is the published set-up (arXiv 2011.10520 and the authors' code); the others are smaller.
 PROFILES: dict[str, dict[str, Any]] = {
@@ -38,10 +38,11 @@ PROFILES: dict[str, dict[str, Any]] = {
         **_SMALL,
         "dataset": "digits",
         "model": "cnn",
-        "width": 8,
-        "epochs": 8,
+        "width": 16,
+        "epochs": 30,
+        "finetune_epochs": 6,
         "batch_size": 64,
-        "lr": 0.1,
+        "lr": 0.2,
     },
     "laptop": {
         **_SMALL,
@@ -49,6 +50,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "model": "resnet20",
         "width": 8,
         "epochs": 10,
+        "finetune_epochs": 2,
         "batch_size": 128,
         "lr": 0.2,
     },
@@ -129,6 +131,19 @@ class Config:
         phases_of(self)  # a recipe checks its own settings
         self._blank_unused()
 
+    def settings(self) -> dict[str, Any]:
+        """The fields and their values, as a record keeps them."""
+        return asdict(self)
+
+    def title(self) -> str:
+        """A line that names the run."""
+        width = "" if self.width is None else f" of width {self.width}"
+        cut = f" at sparsity {self.sparsity:g}" if self.sparsity else ""
+        return (
+            f"{self.recipe}{cut}: {self.model}{width} on {self.dataset}, "
+            f"{self.epochs} epochs, seed {self.seed}"
+        )
+
     def _filled(self, name: str) -> Any:
         value = getattr(self, name)
         if value is not None:
@@ -153,7 +168,9 @@ class Config:
 
     def _blank_unused(self) -> None:
         used = inspect.signature(RECIPES[self.recipe]).parameters
-        of_recipes = {name for recipe in RECIPES.values() for name in inspect.signature(recipe).parameters}
+        of_recipes = {
+            name for recipe in RECIPES.values() for name in inspect.signature(recipe).parameters
+        }
         for name in of_recipes - set(used) - {"weight_decay"}:  # which every optimizer uses
             object.__setattr__(self, name, 0.0 if name == "sparsity" else None)
 
@@ -181,7 +198,7 @@ def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
 
 def phases_of(config: Config) -> list[Phase]:
     """The phases of the configuration's recipe, given the settings that its parameters name."""
-    settings = asdict(config)
+    settings = config.settings()
     settings["lr"] = LR_SCHEDULES[config.lr_schedule](config.lr)
     settings["structure"] = STRUCTURES.get(config.structure)
     recipe = RECIPES[config.recipe]
@@ -201,7 +218,7 @@ def run(
     trained network, as .safetensors. `again` trains even so. The default folder is
     `records.default_folder()`.
     """
-    path = records.path_of(asdict(config), Path(folder or records.default_folder()))
+    path = records.path_of(config.settings(), Path(folder or records.default_folder()))
     if path.exists() and not again:
         return records.load(path)
     data = load_data(
@@ -251,8 +268,8 @@ def _train(config: Config, model: nn.Module, data: Dataset, options: dict[str, A
     try:
         rows = train(model, data, phases_of(config), **options)
     except NotFinite as error:
-        return Record(asdict(config), [], {**facts, "error": str(error)}, status="diverged")
-    return Record(asdict(config), rows, facts)
+        return Record(config.settings(), [], {**facts, "error": str(error)}, status="diverged")
+    return Record(config.settings(), rows, facts)
 
 
 def _save_network(model: nn.Module, path: Path) -> None:

@@ -35,6 +35,16 @@ class Record:
         """The last row: what the run is judged by, whatever came before."""
         return self.rows[-1]
 
+    def summary(self) -> str:
+        """A line that says how the run ended."""
+        if self.status != "finished":
+            return f"{self.status}: {self.provenance.get('error', '')}"
+        last = self.final
+        return (
+            f"Top-1 {last['top1']:.2f} %, loss {last['loss']:.4f}, {last['parameters']:,} parameters "
+            f"kept, {100 * last['sparsity']:.2f} % of the prunable weights removed"
+        )
+
 
 def address(config: dict[str, Any]) -> str:
     """Sixteen hexadecimal digits that stand for the configuration."""
@@ -102,5 +112,5 @@ def load_records(folder: str | Path | None = None) -> "pd.DataFrame":
             "data_source": record.provenance["dataset"]["source"],
             **{RENAMED.get(name, name): value for name, value in record.config.items()},
         }
-        rows += [{**shared, **row} for row in record.rows]
+        rows += [{**shared, **row} for row in record.rows or [{}]]  # a diverged run has none
     return pd.DataFrame(rows)

@@ -31,7 +31,14 @@ class Data(Protocol):
 
     def steps(self, batch_size: int) -> int: ...
     def train_batches(
-        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
     def test_batches(
         self, batch_size: int, *, rank: int = 0, world: int = 1

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -85,10 +86,8 @@ def test_module_imports_only_what_lies_before_it(module: str) -> None:
     assert siblings(module) <= reachable(module)
 
 
-@pytest.mark.parametrize("module", ["plots", "records"])
+@pytest.mark.parametrize("module", sorted({"plots", "records"} & set(MODULES)))
 def test_drawing_and_reading_need_no_torch(module: str) -> None:
-    if module not in MODULES:
-        pytest.skip(f"{module}.py is still to be written")
     assert not {name for name in imports(module) if name.split(".")[0] == "torch"}
 
 
@@ -150,9 +149,12 @@ def python(*arguments: str, folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel as `pip wheel . --no-deps` does."""
+    """Build the wheel with `pip wheel . --no-deps`, in a copy, as it leaves a folder behind."""
     folder = tmp_path_factory.mktemp("wheel")
-    python("-m", "pip", "wheel", "--no-deps", "-w", str(folder), str(ROOT), folder=folder)
+    shutil.copytree(PACKAGE, folder / "swdlib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    python("-m", "pip", "wheel", ".", "--no-deps", folder=folder)
     [path] = folder.glob("*.whl")
     return path
 
