@@ -21,6 +21,7 @@ from torch.optim import SGD
 
 from swdlib import records
 from swdlib.data import DATASETS, Dataset, load_data
+from swdlib.devices import Precision, find_device, is_main_process
 from swdlib.masks import NotFinite
 from swdlib.models import MODELS, build_model
 from swdlib.penalties import Update
@@ -28,7 +29,7 @@ from swdlib.recipes import RECIPES, Phase
 from swdlib.records import Record
 from swdlib.schedules import Cosine, Piecewise, Schedule, Steps
 from swdlib.structures import STRUCTURES
-from swdlib.training import Options, Precision, find_device, is_main_process, train
+from swdlib.training import Options, train
 
 _SMALL = {"lr_schedule": "triangle", "nesterov": True}
 

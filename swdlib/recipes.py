@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from torch import nn
 from torch.optim import Optimizer
 
 from swdlib.criteria import Criterion, magnitude

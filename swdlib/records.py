@@ -41,8 +41,8 @@ class Record:
             return f"{self.status}: {self.provenance.get('error', '')}"
         last = self.final
         return (
-            f"Top-1 {last['top1']:.2f} %, loss {last['loss']:.4f}, {last['parameters']:,} parameters "
-            f"kept, {100 * last['sparsity']:.2f} % of the prunable weights removed"
+            f"Top-1 {last['top1']:.2f} %, loss {last['loss']:.4f}, {last['parameters']:,} "
+            f"parameters kept, {100 * last['sparsity']:.2f} % of the prunable weights removed"
         )
 
 
@@ -83,7 +83,7 @@ def _to_json(content: dict[str, Any]) -> str:
 
 
 def load(path: Path) -> Record:
-    """Read a record; ValueError if the file is damaged or its address is not its configuration's."""
+    """Read a record; ValueError if it is damaged, or its name not its configuration's address."""
     try:
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
         expected = address(record.config)

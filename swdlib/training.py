@@ -1,15 +1,16 @@
 """Training: the loop that carries out a list of phases, and evaluation.
 
 The loop knows phases, penalties and masks, never the name of a method. It runs on Hugging Face
-accelerate: on a CPU, one GPU, or several processes, each of which works on its share of every batch.
+accelerate: on a CPU, a GPU, or several processes, each of which works on its share of every batch.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +19,18 @@ from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from swdlib import checkpoints
+from swdlib.devices import Precision, make_accelerator
 from swdlib.masks import Masks, NotFinite, apply_, find_groups, select, sparsity_of
 from swdlib.metrics import count_correct, parameters, weight_histogram
 from swdlib.recipes import Penalty, Phase, Prune, Train
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Row = dict[str, Any]
 
 
 class Data(Protocol):
     """What the loop needs of a dataset; batches are the same however often they are drawn."""
 
-    def steps(self, batch_size: int) -> int: ...
+    def steps(self, batch_size: int, *, world: int = 1) -> int: ...
     def train_batches(
         self,
         batch_size: int,
@@ -79,7 +80,7 @@ class Options:
     compile: bool = False
     channels_last: bool = False
     checkpoint: Path | None = None
-    save_every: int = 500
+    save_every: int = 200
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -127,12 +128,12 @@ class _Loop:
     def __init__(self, model: nn.Module, data: Data, phases: Sequence[Phase], options: Options):
         self.model, self.data, self.phases, self.options = model, data, phases, options
         self.device = next(data.test_batches(2))[0].device
-        self.accelerator = _accelerator(self.device, options.precision)
+        self.accelerator = make_accelerator(self.device, options.precision)
         self.share = {
             "rank": self.accelerator.process_index,
             "world": self.accelerator.num_processes,
         }
-        self.steps_per_epoch = data.steps(options.batch_size)
+        self.steps_per_epoch = data.steps(options.batch_size, world=self.share["world"])
         self.at = _Position()
         self.rows: list[Row] = []
         self.masks: Masks = {}
@@ -143,7 +144,7 @@ class _Loop:
     def run(self) -> list[Row]:
         self.model.to(self.device)
         if self.options.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model.to(memory_format=torch.channels_last)
         self._resume()
         self.network = self.accelerator.prepare(self.model)
         if self.options.compile:
@@ -153,7 +154,6 @@ class _Loop:
                 self._carry_out()
         finally:
             self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
-            self.accelerator.free_memory()
         return self.rows
 
     def _carry_out(self) -> None:
@@ -181,15 +181,13 @@ class _Loop:
         self.optimizer = self.accelerator.prepare(optimizer)
         self._restore()
         while self.at.epoch < phase.epochs:
-            self._epoch(phase, steps)
+            self._epoch(phase)
         if self.penalty:
             self.penalty.detach()
-        self.accelerator.free_memory()  # else it would unscale the gradients of old optimizers too
 
-    def _epoch(self, phase: Train, steps: int) -> None:
+    def _epoch(self, phase: Train) -> None:
         self.network.train()
         started = time.monotonic() - self.at.seconds
-        rate = 0.0
         for images, labels in self.data.train_batches(
             self.options.batch_size,
             seed=self.options.seed,
@@ -197,13 +195,16 @@ class _Loop:
             start=self.at.batch,
             **self.share,
         ):
-            rate = phase.lr((self.at.epoch * self.steps_per_epoch + self.at.batch) / steps)
-            self._step(images, labels, rate)
+            self._step(images, labels, self._rate(phase, self.at.batch))
             self.at.seconds = time.monotonic() - started
             if self.at.steps % self.options.save_every == 0:
                 self._save()
-        measured = self._end_epoch()
-        self._add_row("train", {"lr": rate, **measured})
+        rate = self._rate(phase, self.at.batch - 1)
+        self._add_row("train", {"lr": rate, **self._end_epoch()})
+
+    def _rate(self, phase: Train, batch: int) -> float:
+        done = self.at.epoch * self.steps_per_epoch + batch
+        return phase.lr(done / (phase.epochs * self.steps_per_epoch))
 
     def _step(self, images: Tensor, labels: Tensor, rate: float) -> None:
         # Seeding every step makes dropout resumable without the generators' states.
@@ -213,7 +214,8 @@ class _Loop:
             group["lr"] = rate
         self._backward(images, labels)
         if self.options.clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
+            self.accelerator.unscale_gradients(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         apply_(self.model, self.masks)  # momentum and weight decay must not revive what was cut
@@ -225,7 +227,8 @@ class _Loop:
         total = self._over_processes(len(labels))
         self.at.images += total
         parts = self.options.accumulate
-        pairs = list(zip(self._layout(images).chunk(parts), labels.chunk(parts)))
+        images = self._layout(images)
+        pairs = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
         for i, (some_images, some_labels) in enumerate(pairs):
             waits = i < len(pairs) - 1  # only the last part's backward pass syncs the processes
             with self.accelerator.no_sync(self.network) if waits else nullcontext():
@@ -248,10 +251,10 @@ class _Loop:
 
     def _end_epoch(self) -> Row:
         loss, correct = (self.accelerator.reduce(self.totals.clone()) / self.at.images).tolist()
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        if not math.isfinite(loss):
             raise NotFinite(
-                f"the training loss of epoch {self.at.epochs + 1} is {loss}: training has diverged; "
-                "lower the learning rate or the penalty, or clip gradients"
+                f"the training loss of epoch {self.at.epochs + 1} is {loss}: training has "
+                "diverged; lower the learning rate or the penalty, or clip gradients"
             )
         seconds = self.at.seconds
         self.totals.zero_()
@@ -275,7 +278,7 @@ class _Loop:
         self.rows.append(row)
         self.bar.set_postfix(epoch=self.at.epochs, top1=f"{row['top1']:.2f}")
 
-    def _bar(self) -> tqdm:  # type: ignore[type-arg]
+    def _bar(self) -> tqdm:
         epochs = sum(phase.epochs for phase in self.phases if isinstance(phase, Train))
         hidden = not (self.options.progress and self.accelerator.is_main_process)
         total = epochs * self.steps_per_epoch
@@ -318,35 +321,6 @@ class _Loop:
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(self.saved["scaler"])
         self.saved = {}
-
-
-def _accelerator(device: torch.device, precision: Precision) -> Any:
-    from accelerate import Accelerator  # here, as it takes long to import
-    from accelerate.state import AcceleratorState
-
-    # accelerate keeps one precision and device a process; a notebook may train with several.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    mixed = "no" if precision == "fp32" else precision
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
-
-
-def find_device(name: str = "auto") -> torch.device:
-    """The device of this process: "auto" takes the best there is, otherwise "cpu", "cuda", "mps"."""
-    from accelerate.state import PartialState
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' is not available here: use 'auto' or 'cpu'")
-    if not torch.distributed.is_initialized():
-        PartialState._reset_state()
-    device: torch.device = PartialState(cpu=name == "cpu").device
-    return device
-
-
-def is_main_process() -> bool:
-    """Whether this is the one process of a run that writes files."""
-    from accelerate.state import PartialState
-
-    return bool(PartialState().is_main_process)
 
 
 def evaluate(

@@ -1,0 +1,115 @@
+"""Plots: records in, matplotlib Axes out.
+
+A table `rows` is what `load_records` returns, or a part of it. Each function draws on `ax`, or on a
+new figure if it is None, and returns the Axes. Backgrounds are transparent and text is mid-grey, so
+a figure can be read on a light and on a dark page; colours are seaborn's colour-blind palette.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+INK = "#7d7d7d"
+COLOURS = sns.color_palette("colorblind")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+# The range of `metrics.HISTOGRAM_RANGE`, which cannot be imported without torch.
+LOG10_RANGE = (-12.0, 1.0)
+
+
+def accuracy_over_epochs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Top-1 accuracy after each epoch, a line a run; a cross marks each cut."""
+    ax = _axes(ax, "epoch", "Top-1 accuracy (%)")
+    for i, (_, run) in enumerate(rows.groupby("run", sort=False)):
+        colour = COLOURS[i % len(COLOURS)]
+        style = STYLES[i % len(STYLES)]
+        ax.plot(run["epoch"], run["top1"], style, color=colour, label=name_of(run.iloc[0]))
+        cuts = run[run["kind"] == "prune"]
+        ax.plot(cuts["epoch"], cuts["top1"], "X", color=colour, markersize=9)
+    return _legend(ax, "× after a cut")
+
+
+def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Final Top-1 accuracy against the parameters that are left, a point a run."""
+    ax = _axes(ax, "parameters kept", "final Top-1 accuracy (%)")
+    finals = rows.groupby("run", sort=False).tail(1)
+    names = finals.apply(name_of, axis=1)
+    for i, (name, runs) in enumerate(finals.groupby(names, sort=False)):
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        ax.plot(runs["parameters"], runs["top1"], ls="", markersize=8, label=name, **look)
+    ax.set_xscale("log")
+    return _legend(ax)
+
+
+def weight_distribution(weights: Mapping[str, Mapping[str, Any]], ax: Axes | None = None) -> Axes:
+    """Histograms of |w|, an outline each: label -> a row's `weights`.
+
+    Zeros have no logarithm: their number stands in the label.
+    """
+    ax = _axes(ax, "absolute weight |w|", "number of weights")
+    for i, (label, histogram) in enumerate(weights.items()):
+        counts = histogram["counts"]
+        edges = np.logspace(*LOG10_RANGE, len(counts) + 1)
+        zeros = f" ({histogram['zeros']:,} are zero)" if histogram["zeros"] else ""
+        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
+        ax.stairs(counts, edges, lw=1.6, label=label + zeros, **look)
+    ax.set_xscale("log")
+    return _legend(ax)
+
+
+def schedule(schedules: Mapping[str, Callable[[float], float]], ax: Axes | None = None) -> Axes:
+    """Schedules over progress, from 0 to 1: label -> schedule. The value's axis is logarithmic."""
+    ax = _axes(ax, "progress t / T", "value")
+    progress = np.linspace(0, 1, 201)
+    for i, (label, value) in enumerate(schedules.items()):
+        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
+        ax.plot(progress, [value(float(p)) for p in progress], label=label, **look)
+    ax.set_yscale("log")
+    return _legend(ax)
+
+
+def sparsity_cliff(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Accuracy `top1` against `sparsity`, both columns of `frame`; a line for each `allocation`."""
+    ax = _axes(ax, "sparsity (% of weights removed)", "Top-1 accuracy (%)")
+    for i, (label, part) in enumerate(frame.groupby("allocation", sort=False)):
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        ax.plot(100 * part["sparsity"], part["top1"], ms=5, label=label, **look)
+    ax.set_ylim(0, 102)
+    return _legend(ax)
+
+
+def name_of(row: "pd.Series[Any]") -> str:
+    """The name of a row's run: its recipe, target sparsity in percent and number of cuts."""
+    name = str(row["recipe"])
+    if row["target_sparsity"] > 0:
+        name += f" {100 * row['target_sparsity']:g} %"
+    return f"{name}, {row['iterations']:.0f} cuts" if row["iterations"] > 1 else name
+
+
+def _axes(ax: Axes | None, xlabel: str, ylabel: str) -> Axes:
+    if ax is None:
+        ax = plt.subplots(figsize=(5.6, 3.4), dpi=160, layout="constrained")[1]
+    ax.figure.patch.set_alpha(0.0)
+    ax.patch.set_alpha(0.0)
+    ax.set_xlabel(xlabel, color=INK)
+    ax.set_ylabel(ylabel, color=INK)
+    ax.title.set_color(INK)
+    ax.tick_params(which="both", colors=INK)
+    for spine in ax.spines.values():
+        spine.set_color(INK)
+    ax.grid(color=INK, alpha=0.25, lw=0.6)
+    sns.despine(ax=ax)
+    return ax
+
+
+def _legend(ax: Axes, title: str = "") -> Axes:
+    if ax.get_legend_handles_labels()[1]:
+        legend = ax.legend(frameon=False, labelcolor=INK, fontsize="small", title=title)
+        legend.get_title().set(color=INK, fontsize="small")
+    return ax

@@ -1,0 +1,332 @@
+"""The loop: rows, exact resume, precision, accumulation, several processes."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from swdlib.data import Dataset, Split
+from swdlib.masks import NotFinite
+from swdlib.penalties import SelectiveWeightDecay
+from swdlib.recipes import Phase, Prune, Train, han2015, swd
+from swdlib.schedules import Constant, Linear
+from swdlib.structures import weights
+from swdlib.training import Options, evaluate, train
+
+BATCH = 8
+STEPS = 5  # batches in an epoch of `toy_data`
+
+
+def toy_data(images: int = STEPS * BATCH, padding: int = 1) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        pixels = torch.randint(256, (count, 1, 4, 4), generator=generator, dtype=torch.uint8)
+        labels = torch.arange(count) % 3
+        pixels[:, 0, 0, 0] = (labels * 100).to(torch.uint8)  # something to learn
+        return Split(pixels, labels)
+
+    return Dataset(
+        name="toy",
+        source="made up",
+        train=split(images),
+        test=split(11),
+        classes=3,
+        mean=(0.5,),
+        std=(0.5,),
+        padding=padding,
+        flip=True,
+        fingerprint="",
+    )
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(96, 3),
+    )
+
+
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def swd_phases(epochs: int = 2) -> list[Phase]:
+    return swd(epochs, Linear(0.1, 0.01), 0.8, weights, 5e-4, 0.1, 1e5, "gradient")
+
+
+def han_phases() -> list[Phase]:
+    return han2015(4, Constant(0.05), 0.8, weights, finetune_epochs=2, iterations=2)
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+run_quietly = partial(train, batch_size=BATCH, progress=False)
+
+
+def test_a_row_for_each_epoch_and_cut() -> None:
+    rows = run_quietly(network(), toy_data(), swd_phases(epochs=2))
+    assert [row["kind"] for row in rows] == ["train", "train", "prune"]
+    assert [row["epoch"] for row in rows] == [1, 2, 2]
+    assert [row["step"] for row in rows] == [STEPS, 2 * STEPS, 2 * STEPS]
+    assert [row["sparsity"] for row in rows[:2]] == [0, 0]
+    prunable = 6 * 9 + 96 * 3
+    assert rows[-1]["sparsity"] == round(0.8 * prunable) / prunable
+    total = prunable + 6 + 12 + 3
+    assert [row["parameters"] for row in rows] == [total, total, total - round(0.8 * prunable)]
+    assert rows[-1]["weights"]["zeros"] == round(0.8 * prunable)
+    assert sum(rows[-1]["weights"]["counts"]) == prunable - round(0.8 * prunable)
+
+
+def test_the_learning_rate_of_a_row_is_that_of_its_last_step() -> None:
+    rows = run_quietly(perceptron(), toy_data(), [Train(2, Linear(1.0, 0.0))])
+    assert [row["lr"] for row in rows] == pytest.approx([1 - 4 / 10, 1 - 9 / 10])
+
+
+def test_training_learns() -> None:
+    rows = run_quietly(perceptron(), toy_data(padding=0), [Train(30, Constant(0.05))])
+    assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
+
+
+def test_what_is_cut_stays_zero_through_momentum_and_decay() -> None:
+    model = network()
+    rows = run_quietly(model, toy_data(), han_phases())
+    assert [row["kind"] for row in rows] == ["train", "train", "prune", "train", "prune", "train"]
+    zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim >= 2)
+    assert zeros == round(0.8 * 342)
+    kept = [row["sparsity"] for row in rows]
+    assert kept == sorted(kept)
+
+
+class Stopped(Exception):
+    """Stands for a run that is ended from outside."""
+
+
+class StoppingSGD(SGD):
+    """Raises at the given step, counted over all optimizers of the class."""
+
+    taken = 0
+    stop_at = math.inf
+
+    def step(self, closure: Any = None) -> Any:
+        if StoppingSGD.taken == StoppingSGD.stop_at:
+            raise Stopped
+        StoppingSGD.taken += 1
+        return super().step(closure)
+
+
+def stopping(parameters: Any) -> Optimizer:
+    return StoppingSGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+@pytest.mark.parametrize("phases", [swd_phases, han_phases])
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
+    phases: Any, save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"optimizer": stopping, "save_every": save_every}
+    monkeypatch.setattr(StoppingSGD, "stop_at", math.inf)
+    monkeypatch.setattr(StoppingSGD, "taken", 0)
+    whole = network()
+    expected = run_quietly(whole, toy_data(), phases(), **options)
+    steps = StoppingSGD.taken
+    for stop in range(1, steps, 2):
+        monkeypatch.setattr(StoppingSGD, "taken", 0)
+        monkeypatch.setattr(StoppingSGD, "stop_at", stop)
+        file = tmp_path / f"{stop}.pt"
+        with pytest.raises(Stopped):
+            run_quietly(network(), toy_data(), phases(), checkpoint=file, **options)
+        monkeypatch.setattr(StoppingSGD, "stop_at", math.inf)
+        resumed = network(seed=1)  # everything must come from the checkpoint
+        if not file.exists():
+            resumed = network()
+        rows = run_quietly(resumed, toy_data(), phases(), checkpoint=file, **options)
+        assert untimed(rows) == untimed(expected), stop
+        assert_same(state_of(resumed), state_of(whole))
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    file.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"run\.pt is no readable checkpoint; delete it"):
+        run_quietly(perceptron(), toy_data(), swd_phases(), checkpoint=file)
+
+
+def test_accumulated_parts_give_the_step_of_the_whole_batch() -> None:
+    states = []
+    for parts in (1, 3):
+        model = perceptron()
+        run_quietly(model, toy_data(), swd_phases(), accumulate=parts)
+        states.append(state_of(model))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_the_step() -> None:
+    model = perceptron()
+    before = state_of(model)
+    data = toy_data(images=BATCH)
+    plain = partial(SGD, lr=1.0)
+    run_quietly(model, data, [Train(1, Constant(1.0))], optimizer=plain, clip=1e-3)
+    moved = [(model.state_dict()[name] - value).square().sum() for name, value in before.items()]
+    assert 0 < math.sqrt(sum(moved)) <= 1e-3 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}])
+def test_other_arithmetic_and_layout_train_alike(options: dict[str, Any]) -> None:
+    plain, other = network(), network()
+    expected = run_quietly(plain, toy_data(), swd_phases())
+    rows = run_quietly(other, toy_data(), swd_phases(), **options)
+    assert rows[-1]["sparsity"] == expected[-1]["sparsity"]
+    assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.05)
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    assert other.eval()(torch.ones(2, 1, 4, 4)).dtype == torch.float32
+    assert "_original_forward" not in vars(other)  # accelerate's wrapping is gone
+
+
+def test_a_compiled_run_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What torch.compile generates is torch's to test, and takes a minute; how it is joined is ours.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, compiled = perceptron(), perceptron()
+    expected = run_quietly(plain, toy_data(), swd_phases())
+    rows = run_quietly(compiled, toy_data(), swd_phases(), compile=True)
+    assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_any_optimizer_and_loss() -> None:
+    def squared(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        return (logits - nn.functional.one_hot(labels, 3)).square().sum()
+
+    adam = partial(Adam, lr=0.01)
+    rows = run_quietly(perceptron(), toy_data(), swd_phases(), optimizer=adam, loss=squared)
+    assert rows[-1]["kind"] == "prune"
+
+
+def test_a_run_that_diverges_says_so() -> None:
+    with pytest.raises(NotFinite, match=r"diverged; lower the learning rate"):
+        run_quietly(perceptron(), toy_data(), [Train(3, Constant(1e30))])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size must be at least 1, not 0"),
+        ("accumulate", 0, "accumulate must be at least 1, not 0"),
+        ("precision", "fp8", "precision must be one of"),
+        ("clip", -1.0, "clip is a gradient norm above 0, or None, not -1.0"),
+    ],
+)
+def test_impossible_options_are_refused(option: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(**{option: value})
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="epochs"):
+        train(perceptron(), toy_data(), swd_phases(), epochs=3)
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="'fp16' needs a GPU"):
+        run_quietly(perceptron(), toy_data(), swd_phases(), precision="fp16")
+
+
+def test_evaluate_by_hand() -> None:
+    class Fixed(nn.Module):
+        """Says class 0 for every image."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.tensor([2.0, 0.0, 0.0]).expand(len(images), 3)
+
+    model = Fixed()
+    measured = evaluate(model, toy_data(), batch_size=4)  # 11 images: the last batch has 3
+    share = 4 / 11  # labels are 0, 1, 2, 0, ... of 11 images
+    assert measured["top1"] == pytest.approx(100 * share)
+    assert measured["top5"] == 100  # of three classes
+    hit = math.log(math.exp(2) + 2) - 2
+    miss = math.log(math.exp(2) + 2)
+    assert measured["loss"] == pytest.approx(share * hit + (1 - share) * miss)
+    assert model.training
+
+
+def test_a_penalty_sees_as_many_steps_as_the_phase_has() -> None:
+    seen = []
+
+    def penalty(model: nn.Module, *, steps: int) -> SelectiveWeightDecay:
+        seen.append(SelectiveWeightDecay(model, sparsity=0.5, steps=steps))
+        return seen[-1]
+
+    run_quietly(perceptron(), toy_data(), [Train(3, Constant(0.01), penalty), Prune(0.5, weights)])
+    assert [(p.step, p.steps) for p in seen] == [(3 * STEPS, 3 * STEPS)]
+
+
+WORKER = """
+import sys
+import torch
+from tests.test_training import BATCH, han_phases, perceptron, swd_phases, toy_data
+from swdlib.training import train
+
+torch.set_num_threads(1)
+model = perceptron()
+phases = swd_phases() + han_phases()[1:]
+rows = train(model, toy_data(images=44), phases, batch_size=BATCH, progress=False)
+rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+torch.save({"model": model.state_dict(), "losses": [r["loss"] for r in rows],
+            "train": [r.get("train_loss", 0.0) for r in rows]}, f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+def _launch(folder: Path, processes: int) -> Iterator[dict[str, Any]]:
+    folder.mkdir()
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    root = str(Path(__file__).resolve().parents[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, f"--nproc-per-node={processes}", str(script), str(folder)]
+    if processes == 1:
+        command = [sys.executable, str(script), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(processes):
+        yield torch.load(folder / f"{rank}.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    (one,) = _launch(tmp_path / "one", 1)
+    first, second = _launch(tmp_path / "two", 2)
+    assert_same(first["model"], second["model"])
+    for name, value in one["model"].items():
+        assert torch.equal(first["model"][name] == 0, value == 0), name  # the same masks
+        torch.testing.assert_close(first["model"][name], value, rtol=1e-3, atol=1e-5)
+    assert first["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert first["train"] == pytest.approx(one["train"], rel=1e-4)
