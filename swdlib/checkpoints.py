@@ -1,18 +1,16 @@
 """Checkpoints: the state of a stopped run, written whole or not at all."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from swdlib.files import write_whole
+
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, text, lists and dicts of them) to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save(state, unfinished)
-    os.replace(unfinished, path)
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def load(path: Path | None) -> dict[str, Any]:

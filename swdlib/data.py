@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swdlib.files import write_whole
+
 HOLDOUT_SEED = 2020
 
 
@@ -551,20 +553,10 @@ def _save_cache(data: Dataset, paths: Sequence[Path]) -> None:
     content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, about)
     for path in paths:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return _write_whole(path, content)
+            return write_whole(path, lambda file: file.write_bytes(content))
         except OSError as error:
             reason = error
     warnings.warn(f"the decoded images were not cached: {reason}", stacklevel=2)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 DATASETS: dict[str, Callable[[Path | None], Dataset]] = {"digits": _digits, "cifar10": _cifar10}

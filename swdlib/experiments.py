@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import math
 import numbers
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +21,7 @@ from torch.optim import SGD
 from swdlib import records
 from swdlib.data import DATASETS, Dataset, load_data
 from swdlib.devices import Precision, find_device, is_main_process
+from swdlib.files import write_whole
 from swdlib.masks import NotFinite
 from swdlib.models import MODELS, build_model
 from swdlib.penalties import Update
@@ -265,19 +265,17 @@ def options_of(config: Config, **more: Any) -> dict[str, Any]:
 
 
 def _train(config: Config, model: nn.Module, data: Dataset, options: dict[str, Any]) -> Record:
+    settings = {**config.settings(), "data_root": None}  # a folder of this machine is no result
     facts = provenance(data)
     try:
         rows = train(model, data, phases_of(config), **options)
     except NotFinite as error:
-        return Record(config.settings(), [], {**facts, "error": str(error)}, status="diverged")
-    return Record(config.settings(), rows, facts)
+        return Record(settings, [], {**facts, "error": str(error)}, status="diverged")
+    return Record(settings, rows, facts)
 
 
 def _save_network(model: nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_model(model, str(unfinished))
-    os.replace(unfinished, path)
+    write_whole(path, lambda file: save_model(model, str(file)))
 
 
 def provenance(data: Dataset) -> dict[str, Any]:

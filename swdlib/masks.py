@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ class NotFinite(ValueError):
 
 def check_sparsity(sparsity: float) -> float:
     """The sparsity as given, if it lies in [0, 1); ValueError otherwise."""
-    if not 0.0 <= sparsity < 1.0:  # NaN fails this as well
+    # NaN fails the comparison as well.
+    if not (isinstance(sparsity, SupportsFloat) and 0.0 <= sparsity < 1.0):
         raise ValueError(
             f"sparsity is the fraction of weights removed and must be in [0, 1), not {sparsity!r}"
         )
@@ -30,6 +32,8 @@ def check_sparsity(sparsity: float) -> float:
 
 def find_groups(model: nn.Module, structure: Structure) -> list[Group]:
     """The structure's groups that hold weights; ValueError if there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {model!r}")
     groups = [group for group in structure(model) if group.units]
     if not groups:
         name = getattr(structure, "__name__", repr(structure))
@@ -52,12 +56,13 @@ def lowest_by_sort(scores: Sequence[Tensor], sizes: Sequence[int], count: int) -
     unit is among the lowest. Of equal scores the first come first.
     """
     flat = torch.cat([s.to(scores[0].device) for s in scores])
-    cost = torch.cat([torch.full_like(s, n, dtype=torch.int64) for s, n in zip(scores, sizes)])
+    units = torch.tensor([s.numel() for s in scores])
+    cost = torch.tensor(sizes).repeat_interleave(units).to(flat.device)
     order = flat.argsort(stable=True)
-    held = cost.to(flat.device)[order].cumsum(0)
-    units = int(torch.searchsorted(held, count)) + 1 if count else 0
+    held = cost[order].cumsum(0)
+    lowest = int(torch.searchsorted(held, count)) + 1 if count else 0
     chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[order[:units]] = True
+    chosen[order[:lowest]] = True
     return _split(chosen, scores)
 
 
@@ -75,7 +80,7 @@ def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
 
 def _split(chosen: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     parts = chosen.split([s.numel() for s in like])
-    return [part.to(s.device) for part, s in zip(parts, like)]
+    return [part.to(s.device) for part, s in zip(parts, like, strict=True)]
 
 
 def select_units(groups: Sequence[Group], sparsity: float, criterion: Criterion) -> list[Tensor]:
@@ -94,11 +99,12 @@ def select_units(groups: Sequence[Group], sparsity: float, criterion: Criterion)
 
 def _require_finite(groups: Sequence[Group], scores: Sequence[Tensor]) -> None:
     # The maximum is NaN or infinite if any score is: one pass that allocates nothing.
-    for group, score in zip(groups, scores):
+    for group, score in zip(groups, scores, strict=True):
         if not math.isfinite(score.max()):
             raise NotFinite(
-                f"{group.name} holds NaN or infinite weights (or scores), so nothing can be ranked: "
-                "training has diverged; lower the learning rate or the penalty, or clip gradients"
+                f"{group.name} holds NaN or infinite weights (or scores), so nothing can be "
+                "ranked: training has diverged; lower the learning rate or the penalty, or clip "
+                "gradients"
             )
 
 
@@ -106,15 +112,16 @@ def _require_finite(groups: Sequence[Group], scores: Sequence[Tensor]) -> None:
 def select(groups: Sequence[Group], sparsity: float, criterion: Criterion = magnitude) -> Masks:
     """Masks that keep the highest scores over all groups and remove the fraction `sparsity`."""
     chosen = select_units(groups, sparsity, criterion)
-    return {group.name: group.spread(~units) for group, units in zip(groups, chosen)}
+    return {group.name: group.spread(~units) for group, units in zip(groups, chosen, strict=True)}
 
 
 @torch.no_grad()
 def apply_(model: nn.Module, masks: Masks) -> None:
     """Set the weights that `masks` removes to zero, in place; the rest is not touched."""
     parameters = dict(model.named_parameters())
-    for name, mask in masks.items():
+    for name, mask in masks.items():  # all before the first is applied: it is done whole or not
         check_mask(name, mask, parameters)
+    for name, mask in masks.items():
         # Not a product: that would leave -0.0, and NaN where the weight was infinite.
         parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
 
@@ -133,4 +140,5 @@ def check_mask(name: str, mask: Tensor, parameters: dict[str, nn.Parameter]) -> 
 def sparsity_of(masks: Masks) -> float:
     """The fraction of the masked parameters' weights that is removed, in [0, 1]."""
     total = sum(mask.numel() for mask in masks.values())
-    return 1.0 - sum(int(mask.sum()) for mask in masks.values()) / total if total else 0.0
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    return (total - kept) / total if total else 0.0

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from swdlib.masks import Masks
-
-# Bins of log10 |w|, from 1e-12 to 10: wide enough for what a strong penalty leaves of a weight.
-HISTOGRAM_RANGE = (-12.0, 1.0)
-HISTOGRAM_BINS = 104
+from swdlib.records import HISTOGRAM_BINS, HISTOGRAM_RANGE
 
 
 def count_correct(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
@@ -31,8 +28,9 @@ def weight_histogram(tensors: Iterable[Tensor]) -> dict[str, list[int] | int]:
     Values beyond the range are counted in the bin at its end.
     """
     low, high = HISTOGRAM_RANGE
-    flat = torch.cat([t.detach().flatten().float().cpu() for t in tensors])
-    share = (flat[flat != 0].abs().log10() - low) / (high - low)
+    flat = torch.cat([t.detach().flatten().cpu() for t in tensors])
+    sizes = flat[flat != 0].abs().to(torch.promote_types(flat.dtype, torch.float32))
+    share = ((sizes.log10() - low) / (high - low)).clamp(0.0, 1.0)
     bins = (share * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1)
     counts = torch.bincount(bins, minlength=HISTOGRAM_BINS)
     return {"zeros": int((flat == 0).sum()), "counts": counts.tolist()}

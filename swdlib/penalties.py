@@ -1,28 +1,37 @@
 """Penalties: terms of the loss that prepare a network for pruning while it trains."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsFloat, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swdlib.criteria import Criterion, magnitude
-from swdlib.masks import Masks, apply_, check_mask, check_sparsity, find_groups, select
-from swdlib.masks import select_units
+from swdlib.masks import (
+    Masks,
+    apply_,
+    check_mask,
+    check_sparsity,
+    find_groups,
+    select,
+    select_units,
+)
 from swdlib.schedules import Exponential, Schedule, as_schedule
 from swdlib.structures import Structure, weights
 
 Update = Literal["gradient", "proximal"]
+
+PUBLISHED = Exponential(0.1, 1e5)
 
 
 class SelectiveWeightDecay:
     """A weight decay that grows on the weights that would be pruned now (Tessier et al. 2022).
 
     The loss gains `a(t) * mu / 2 * ||w*||^2` (arXiv 2011.10520, equation 2): t is the share of
-    `steps` that is done, a(t) the `strength`, mu the `weight_decay`, and w* the weights that pruning
-    to `sparsity` would remove, chosen anew at every step. The optimizer's own weight decay, which
-    acts on all weights, stays as it is.
+    `steps` that is done, a(t) the `strength`, mu the `weight_decay`, and w* the weights that
+    pruning to `sparsity` would remove, chosen anew at every step. The optimizer's own weight decay,
+    which acts on all weights, stays as it is.
 
     Args:
         model: any module; it is neither wrapped nor renamed.
@@ -46,7 +55,7 @@ class SelectiveWeightDecay:
         sparsity: float | Schedule,
         steps: int,
         weight_decay: float = 5e-4,
-        strength: float | Schedule = Exponential(0.1, 1e5),
+        strength: float | Schedule = PUBLISHED,
         structure: Structure = weights,
         criterion: Criterion = magnitude,
         update: Update = "gradient",
@@ -54,8 +63,8 @@ class SelectiveWeightDecay:
         self.model = model
         self.groups = find_groups(model, structure)
         self.criterion = criterion
-        self._sparsity = as_schedule(sparsity)
-        self._strength = as_schedule(strength)
+        self._sparsity = as_schedule(sparsity, check_sparsity)
+        self._strength = as_schedule(strength, _check_strength)
         self.steps = steps
         self.weight_decay = weight_decay
         self.update = update
@@ -71,8 +80,7 @@ class SelectiveWeightDecay:
                 f"steps must be a whole number of at least 1, not {self.steps!r}; "
                 "usually epochs * len(loader)"
             )
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay!r}")
+        _check_not_negative("weight_decay", self.weight_decay)
         if self.update not in get_args(Update):
             raise ValueError(f"update must be one of {get_args(Update)}, not {self.update!r}")
         for progress in (0.0, 1.0):  # a schedule's mistakes come to light before training starts
@@ -118,6 +126,8 @@ class SelectiveWeightDecay:
         """
         # accelerate wraps the optimizer; hooks belong on the one that takes the steps.
         optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
         if self._hooks:
             raise ValueError("the penalty is attached already; call detach() first")
         self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -158,6 +168,8 @@ class SelectiveWeightDecay:
         for parameter, chosen in self._selected():
             if parameter.grad is None:  # the penalty alone gives a gradient, as in autograd
                 parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad.is_sparse:  # of nn.Embedding(sparse=True): no dense sum fits in it
+                parameter.grad = parameter.grad.to_dense()
             parameter.grad.add_(parameter.masked_fill(~chosen, 0.0), alpha=scale)
 
     @torch.no_grad()
@@ -177,8 +189,10 @@ class SelectiveWeightDecay:
 
     def _selected(self) -> list[tuple[nn.Parameter, Tensor]]:
         units = select_units(self.groups, self.sparsity, self.criterion)
-        pairs = [(g.parameter, g.spread(chosen)) for g, chosen in zip(self.groups, units)]
-        return [pair for pair in pairs if id(pair[0]) in self._owned]
+        pairs = [
+            (g.parameter, g.spread(chosen)) for g, chosen in zip(self.groups, units, strict=True)
+        ]
+        return [(p, c) for p, c in pairs if p.requires_grad and id(p) in self._owned]
 
     def prune(self) -> Masks:
         """Set w* to zero at the final sparsity and return the masks, True where a weight stays.
@@ -201,14 +215,23 @@ class SelectiveWeightDecay:
         """Continue from `state_dict()`; ValueError if it does not fit this penalty or model."""
         if set(state) != {"step", "masks"}:
             raise ValueError(f"a penalty's state has keys 'step' and 'masks', not {sorted(state)}")
+        step, masks = state["step"], state["masks"]
         parameters = {group.name: group.parameter for group in self.groups}
-        for name, mask in state["masks"].items():
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"a penalty's step must be a whole number of 0 or more, not {step!r}")
+        if masks and set(masks) != set(parameters):
+            raise ValueError(f"masks must be of {sorted(parameters)}, not of {sorted(masks)}")
+        for name, mask in masks.items():
             check_mask(name, mask, parameters)
-        self.step = int(state["step"])
-        self.masks = {name: mask.clone() for name, mask in state["masks"].items()}
+        self.step = step
+        self.masks = {n: m.to(parameters[n].device, copy=True) for n, m in masks.items()}
 
 
 def _check_strength(strength: float) -> float:
-    if not (math.isfinite(strength) and strength >= 0):
-        raise ValueError(f"strength must be 0 or more, not {strength!r}")
-    return strength
+    return _check_not_negative("strength", strength)
+
+
+def _check_not_negative(name: str, value: float) -> float:
+    if not (isinstance(value, SupportsFloat) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of 0 or more, not {value!r}")
+    return value

@@ -14,13 +14,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
+from swdlib.records import HISTOGRAM_RANGE
+
 INK = "#7d7d7d"
 COLOURS = sns.color_palette("colorblind")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-
-# The range of `metrics.HISTOGRAM_RANGE`, which cannot be imported without torch.
-LOG10_RANGE = (-12.0, 1.0)
 
 
 def accuracy_over_epochs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -55,10 +54,13 @@ def weight_distribution(weights: Mapping[str, Mapping[str, Any]], ax: Axes | Non
     ax = _axes(ax, "absolute weight |w|", "number of weights")
     for i, (label, histogram) in enumerate(weights.items()):
         counts = histogram["counts"]
-        edges = np.logspace(*LOG10_RANGE, len(counts) + 1)
+        edges = np.logspace(*HISTOGRAM_RANGE, len(counts) + 1)
         zeros = f" ({histogram['zeros']:,} are zero)" if histogram["zeros"] else ""
         look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
         ax.stairs(counts, edges, lw=1.6, label=label + zeros, **look)
+    filled = np.sum([histogram["counts"] for histogram in weights.values()], axis=0).nonzero()[0]
+    if filled.size:
+        ax.set_xlim(edges[filled[0]], edges[filled[-1] + 1])
     ax.set_xscale("log")
     return _legend(ax)
 

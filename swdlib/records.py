@@ -2,16 +2,22 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from swdlib.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # Where and how a run is done, not what: the same result is expected with any of these.
 NOT_ADDRESSED = ("data_root", "device")
+
+# A row's histogram of the weights counts log10 |w| in equal bins, from 1e-12 to 10: wide enough for
+# what a strong penalty leaves of a weight.
+HISTOGRAM_RANGE = (-12.0, 1.0)
+HISTOGRAM_BINS = 104
 
 # Names that the configuration shares with what a row measures.
 RENAMED = {"sparsity": "target_sparsity", "lr": "peak_lr"}
@@ -68,10 +74,8 @@ def default_folder() -> Path:
 def save(record: Record, folder: Path) -> Path:
     """Write the record, whole or not at all, and return its path."""
     path = path_of(record.config, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_text(_to_json(asdict(record)), encoding="utf-8")
-    os.replace(unfinished, path)
+    text = _to_json(asdict(record))
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
     return path
 
 

@@ -1,7 +1,7 @@
 """Schedules: how a number changes while a network trains.
 
-A schedule maps progress, from 0 (start) to 1 (end), to a value. The same type serves the strength of
-a penalty, a sparsity that rises and a learning rate. Each is a frozen dataclass, so it can be
+A schedule maps progress, from 0 (start) to 1 (end), to a value. The same type serves the strength
+of a penalty, a sparsity that rises and a learning rate. Each is a frozen dataclass, so it can be
 compared, printed and drawn, and any function of progress does as well.
 
 >>> Exponential(0.1, 1e5)(0.5)
@@ -13,13 +13,15 @@ compared, printed and drawn, and any function of progress does as well.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import SupportsFloat
 
 Schedule = Callable[[float], float]
 
 
 def _require_finite(**values: float) -> None:
     for name, value in values.items():
-        if not math.isfinite(value):
+        if not (isinstance(value, SupportsFloat) and math.isfinite(value)):
             raise ValueError(f"{name} must be a finite number, not {value!r}")
 
 
@@ -133,7 +135,7 @@ class Piecewise:
 
     def __post_init__(self) -> None:
         places = [place for place, _ in self.points]
-        if not places or any(b <= a for a, b in zip(places, places[1:])):
+        if not places or any(b <= a for a, b in pairwise(places)):
             raise ValueError(f"points must be in order of rising progress, not {self.points!r}")
         for place, value in self.points:
             _require_finite(progress=place, value=value)
@@ -141,12 +143,12 @@ class Piecewise:
     def __call__(self, progress: float) -> float:
         if progress <= self.points[0][0]:
             return self.points[0][1]
-        for (left, low), (right, high) in zip(self.points, self.points[1:]):
+        for (left, low), (right, high) in pairwise(self.points):
             if progress < right:
                 return low + (high - low) * (progress - left) / (right - left)
         return self.points[-1][1]
 
 
-def as_schedule(value: float | Schedule) -> Schedule:
-    """A schedule as it is, or a number as `Constant`."""
-    return value if callable(value) else Constant(float(value))
+def as_schedule(value: float | Schedule, check: Callable[[float], float]) -> Schedule:
+    """A schedule as it is, or a number that `check` lets pass as `Constant`."""
+    return value if callable(value) else Constant(check(value))

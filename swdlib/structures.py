@@ -4,6 +4,7 @@ A structure maps a model to a list of groups of units. That one list decides wha
 penalised, masked and counted, so that these four can never disagree.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,9 +65,9 @@ def weights(model: nn.Module) -> list[Group]:
 def kernels(model: nn.Module) -> list[Group]:
     """Each kernel of a convolution as one unit: the weights between an input and an output map."""
     return [
-        Group(name, parameter, size=parameter[0, 0].numel())
+        Group(name, parameter, size=math.prod(parameter.shape[2:]))
         for name, parameter in _prunable(model)
-        if parameter.ndim > 2
+        if parameter.ndim > 2 and parameter.numel()
     ]
 
 

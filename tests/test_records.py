@@ -1,0 +1,118 @@
+"""Records: addresses, files that are whole, and the tidy table."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swdlib import records
+from swdlib.records import Record, load_records
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    settings = {
+        "profile": "laptop",
+        "dataset": "digits",
+        "data_root": None,
+        "device": "cpu",
+        "model": "cnn",
+        "recipe": "swd",
+        "sparsity": 0.9,
+        "lr": 0.1,
+        "seed": 0,
+    }
+    return {**settings, **changes}
+
+
+def record(**changes: Any) -> Record:
+    rows = [
+        {"kind": "train", "epoch": 1, "top1": 50.0, "loss": 1.0, "sparsity": 0.0, "lr": 0.05},
+        {"kind": "prune", "epoch": 1, "top1": 40.0, "loss": 2.0, "sparsity": 0.9, "parameters": 7},
+    ]
+    return Record(config(**changes), rows, {"dataset": {"source": "scikit-learn"}})
+
+
+def test_the_address_depends_on_what_is_run_and_not_on_where() -> None:
+    first = records.address(config())
+    assert first == records.address(dict(reversed(config().items())))
+    assert first == records.address(config(data_root="/elsewhere", device="cuda"))
+    others = [config(seed=1), config(sparsity=0.95), config(lr=0.2), config(recipe="dense")]
+    assert len({first, *(records.address(other) for other in others)}) == 5
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = records.save(record(), tmp_path)
+    assert records.load(path) == record()
+    assert path.parent == tmp_path / "laptop"
+    assert path.name == f"digits-cnn-swd-0.9-{records.address(config())}.json"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_record_without_rows_is_readable_json(tmp_path: Path) -> None:
+    diverged = dataclasses.replace(record(), rows=[], status="diverged")
+    assert records.load(records.save(diverged, tmp_path)) == diverged
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"config": {}, "rows": [], "x": 1}'])
+def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
+    path = records.save(record(), tmp_path)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=path.name):
+        records.load(path)
+
+
+def test_a_record_whose_configuration_was_edited_is_refused(tmp_path: Path) -> None:
+    path = records.save(record(), tmp_path)
+    content = json.loads(path.read_text("utf-8"))
+    content["config"]["seed"] = 7
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"address {records.address(config(seed=7))}"):
+        records.load(path)
+
+
+def test_numbers_that_json_lacks_have_no_address() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        records.address(config(lr=float("nan")))
+
+
+def test_the_table_has_a_row_for_each_row(tmp_path: Path) -> None:
+    records.save(record(), tmp_path)
+    records.save(record(recipe="dense", sparsity=0.0), tmp_path)
+    records.save(dataclasses.replace(record(seed=3), rows=[], status="diverged"), tmp_path)
+    table = load_records(tmp_path)
+    assert len(table) == 2 + 2 + 1
+    assert table["run"].nunique() == 3
+    swd = table[(table["recipe"] == "swd") & (table["seed"] == 0)]
+    assert swd["target_sparsity"].tolist() == [0.9, 0.9]
+    assert swd["sparsity"].tolist() == [0.0, 0.9]
+    assert swd["peak_lr"].tolist() == [0.1, 0.1]
+    assert swd["data_source"].tolist() == ["scikit-learn"] * 2
+    assert table[table["status"] == "diverged"]["top1"].isna().all()
+
+
+def test_an_empty_folder_is_an_empty_table(tmp_path: Path) -> None:
+    assert load_records(tmp_path).empty
+
+
+def test_the_summary_says_how_the_run_ended() -> None:
+    line = "Top-1 40.00 %, loss 2.0000, 7 parameters kept, 90.00 % of the prunable weights removed"
+    assert record().summary() == line
+    lost = Record(config(), [], {"error": "fc.weight holds NaN"}, "diverged")
+    assert lost.summary() == "diverged: fc.weight holds NaN"
+
+
+def test_the_committed_records_are_sound() -> None:
+    """Every record of the book can be read, lies at its address and is not a smoke run."""
+    folder = Path(__file__).resolve().parents[1] / "book" / "records"
+    paths = [path for path in folder.rglob("*.json") if path.parent.name != "smoke"]
+    assert paths
+    for path in paths:
+        found = records.load(path)
+        assert path == records.path_of(found.config, folder)
+        assert (
+            found.config["data_root"] is None or not Path(found.config["data_root"]).is_absolute()
+        )
+        assert found.provenance["dataset"]["fingerprint"]
+        assert found.status in ("finished", "diverged")
