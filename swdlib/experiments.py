@@ -19,9 +19,10 @@ from torch import nn
 from torch.optim import SGD
 
 from swdlib import records
-from swdlib.data import DATASETS, Dataset, load_data
+from swdlib.data import DATASETS, load_data
 from swdlib.devices import Precision, find_device, is_main_process
 from swdlib.files import write_whole
+from swdlib.images import Dataset
 from swdlib.masks import NotFinite
 from swdlib.models import MODELS, build_model
 from swdlib.penalties import Update

@@ -1,23 +1,24 @@
 """Notebooks: what the book's notebooks need of papermill and lack."""
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 
-def check_parameters(history: Sequence[str]) -> None:
+def check_parameters(namespace: Mapping[str, Any]) -> None:
     """ValueError if papermill was given a parameter that the notebook lacks; it only warns itself.
 
-    `history` is `In`, the source of the cells that ran. Papermill writes the parameters it is given
-    into a cell of its own, right after the one that holds the notebook's.
+    `namespace` is a notebook's `globals()`, where IPython keeps the source of the cells that ran as
+    `In`. Papermill writes what it is given into a cell of its own, right after the notebook's.
     """
+    history = namespace["In"]
     for own, given in zip(history, history[1:], strict=False):
-        if given.startswith("# Parameters\n"):
-            known = _assigned(own)
-            if unknown := sorted(_assigned(given) - known):
-                raise ValueError(
-                    f"the notebook has no parameter {', '.join(unknown)}; "
-                    f"its parameters are {', '.join(sorted(known))}"
-                )
+        known = _assigned(own) if given.startswith("# Parameters\n") else set()
+        if known and (unknown := sorted(_assigned(given) - known)):
+            raise ValueError(
+                f"the notebook has no parameter {', '.join(unknown)}; "
+                f"its parameters are {', '.join(sorted(known))}"
+            )
 
 
 def _assigned(source: str) -> set[str]:

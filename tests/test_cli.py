@@ -62,7 +62,7 @@ def test_flags_have_the_types_of_the_fields() -> None:
 def test_a_mistake_is_told_without_a_traceback(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swdlib.data._download", _no_download)
+    monkeypatch.setattr("swdlib.cifar10._download", _no_download)
     with pytest.raises(SystemExit, match=message):
         cli.main([*arguments, "--records", str(tmp_path)])
     assert not list(tmp_path.rglob("*.json"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from swdlib.data import Dataset, Split
+from swdlib.images import Dataset, Split
 from swdlib.masks import NotFinite
 from swdlib.penalties import SelectiveWeightDecay
 from swdlib.recipes import Phase, Prune, Train, han2015, swd
