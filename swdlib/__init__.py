@@ -7,20 +7,22 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from swdlib import criteria, masks, plots, recipes, schedules, structures
+    from swdlib.config import Config
     from swdlib.data import load_data
-    from swdlib.experiments import Config, run
+    from swdlib.evaluation import evaluate
+    from swdlib.experiments import run
     from swdlib.models import build_model
     from swdlib.penalties import SelectiveWeightDecay
     from swdlib.records import load_records
-    from swdlib.training import evaluate, train
+    from swdlib.training import train
 
 # Public name -> module that holds it, imported when it is first used: an engineer who needs the
 # penalty alone does not wait for plotting and data libraries.
 _HOMES = {
-    "Config": "experiments",
+    "Config": "config",
     "SelectiveWeightDecay": "penalties",
     "build_model": "models",
-    "evaluate": "training",
+    "evaluate": "evaluation",
     "load_data": "data",
     "load_records": "records",
     "run": "experiments",

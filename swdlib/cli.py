@@ -10,7 +10,8 @@ from dataclasses import fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
-from swdlib.experiments import Config, run
+from swdlib.config import Config
+from swdlib.experiments import run
 from swdlib.records import load_records
 from swdlib.sweeps import grid, sweep
 

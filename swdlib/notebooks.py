@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 
@@ -12,7 +13,7 @@ def check_parameters(namespace: Mapping[str, Any]) -> None:
     `In`. Papermill writes what it is given into a cell of its own, right after the notebook's.
     """
     history = namespace["In"]
-    for own, given in zip(history, history[1:], strict=False):
+    for own, given in pairwise(history):
         known = _assigned(own) if given.startswith("# Parameters\n") else set()
         if known and (unknown := sorted(_assigned(given) - known)):
             raise ValueError(

@@ -91,7 +91,8 @@ def name_of(row: "pd.Series[Any]") -> str:
     name = str(row["recipe"])
     if row["target_sparsity"] > 0:
         name += f" {100 * row['target_sparsity']:g} %"
-    return f"{name}, {row['iterations']:.0f} cuts" if row["iterations"] > 1 else name
+    cuts = row["iterations"] or 1  # None or NaN where the recipe has none
+    return f"{name}, {cuts:.0f} cuts" if cuts > 1 else name
 
 
 def _axes(ax: Axes | None, xlabel: str, ylabel: str) -> Axes:

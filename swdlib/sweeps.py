@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swdlib.experiments import Config, run
+from swdlib.config import Config
+from swdlib.experiments import run
 from swdlib.records import Record, address
 
 

@@ -6,11 +6,11 @@ accelerate: on a CPU, a GPU, or several processes, each of which works on its sh
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,30 +20,12 @@ from tqdm import tqdm
 
 from swdlib import checkpoints
 from swdlib.devices import Precision, make_accelerator
+from swdlib.evaluation import Data, means, sums_over_test
 from swdlib.masks import Masks, NotFinite, apply_, find_groups, select, sparsity_of
 from swdlib.metrics import count_correct, parameters, weight_histogram
 from swdlib.recipes import Penalty, Phase, Prune, Train
 
 Row = dict[str, Any]
-
-
-class Data(Protocol):
-    """What the loop needs of a dataset; batches are the same however often they are drawn."""
-
-    def steps(self, batch_size: int, *, world: int = 1) -> int: ...
-    def train_batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def test_batches(
-        self, batch_size: int, *, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -262,7 +244,7 @@ class _Loop:
         return {"train_loss": loss, "train_top1": 100 * correct, "seconds": seconds}
 
     def _add_row(self, kind: str, measured: Row) -> None:
-        sums = _sums(self.network, self.data, self.options.loss, 1000, **self.share)
+        sums = sums_over_test(self.network, self.data, self.options.loss, 1000, **self.share)
         row = {
             "kind": kind,
             "phase": self.at.phase,
@@ -270,7 +252,7 @@ class _Loop:
             "step": self.at.steps,
             **(self.penalty.report() if self.penalty else {}),
             **measured,
-            **_means(self.accelerator.reduce(sums)),
+            **means(self.accelerator.reduce(sums)),
             "sparsity": sparsity_of(self.masks),
             "parameters": parameters(self.model, self.masks),
             "weights": weight_histogram(p for p in self.model.parameters() if p.ndim >= 2),
@@ -321,38 +303,3 @@ class _Loop:
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(self.saved["scaler"])
         self.saved = {}
-
-
-def evaluate(
-    model: nn.Module,
-    data: Data,
-    *,
-    loss: Callable[..., Tensor] = cross_entropy,
-    batch_size: int = 1000,
-) -> dict[str, float]:
-    """Mean loss, and Top-1 and Top-5 accuracy in percent, over all test images of `data`."""
-    model.to(next(data.test_batches(2))[0].device)
-    return _means(_sums(model, data, loss, batch_size))
-
-
-@torch.no_grad()
-def _sums(
-    model: nn.Module, data: Data, loss: Callable[..., Tensor], batch_size: int, **share: int
-) -> Tensor:
-    """Loss, correct at 1, correct at 5 and images, summed over this process' test images."""
-    was_training = model.training
-    model.eval()
-    sums = []
-    for images, labels in data.test_batches(batch_size, **share):
-        logits = model(images)
-        of_batch = loss(logits, labels, reduction="sum")
-        correct = [count_correct(logits, labels, k) for k in (1, 5)]
-        count = torch.tensor(len(labels), device=labels.device)
-        sums.append(torch.stack([of_batch.float(), *(n.float() for n in [*correct, count])]))
-    model.train(was_training)
-    return torch.stack(sums).sum(0)
-
-
-def _means(sums: Tensor) -> dict[str, float]:
-    loss, top1, top5, images = sums.tolist()
-    return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from swdlib import cli
-from swdlib.experiments import Config
+from swdlib.config import Config
 from swdlib.records import load_records
 
 QUICK = ["--epochs", "1", "--width", "4"]

@@ -97,8 +97,8 @@ def test_stages_halve_the_size_and_double_the_maps() -> None:
 
 def test_a_block_adds_what_it_computes_to_its_shortcut() -> None:
     maps = torch.randn(3, 4, 6, 6)
-    same, smaller = BasicBlock(4, 4, stride=1), BasicBlock(4, 8, stride=2)
-    for block in (same, smaller):
+    same, wider = BasicBlock(4, 4, stride=1), BasicBlock(4, 8, stride=1)
+    for block in (same, wider, BasicBlock(4, 4, stride=2)):
         nn.init.zeros_(block.bn2.weight)
         torch.testing.assert_close(block(maps), block.shortcut(maps).relu())
     torch.testing.assert_close(same(maps), maps.relu())

@@ -1,10 +1,14 @@
+import doctest
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import swdlib
 from swdlib.schedules import (
     Constant,
     Cosine,
@@ -139,3 +143,10 @@ def test_a_number_or_any_function_serves_as_a_schedule() -> None:
     assert as_schedule(3.0, abs) == Constant(3.0)
     assert as_schedule(math.sqrt, abs) is math.sqrt
     assert as_schedule(-3.0, abs) == Constant(3.0)
+
+
+@pytest.mark.parametrize("module", [m.name for m in pkgutil.iter_modules(swdlib.__path__)])
+def test_examples_in_docstrings_run(module: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(f"swdlib.{module}"))
+    assert not failed
+    assert tried or module != "schedules"

@@ -20,7 +20,7 @@ from swdlib.penalties import SelectiveWeightDecay
 from swdlib.recipes import Phase, Prune, Train, han2015, swd
 from swdlib.schedules import Constant, Linear
 from swdlib.structures import weights
-from swdlib.training import Options, evaluate, train
+from swdlib.training import Options, train
 
 BATCH = 8
 STEPS = 5  # batches in an epoch of `toy_data`
@@ -257,24 +257,6 @@ def test_unknown_options_are_refused() -> None:
 def test_fp16_on_a_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="'fp16' needs a GPU"):
         run_quietly(perceptron(), toy_data(), swd_phases(), precision="fp16")
-
-
-def test_evaluate_by_hand() -> None:
-    class Fixed(nn.Module):
-        """Says class 0 for every image."""
-
-        def forward(self, images: Tensor) -> Tensor:
-            return torch.tensor([2.0, 0.0, 0.0]).expand(len(images), 3)
-
-    model = Fixed()
-    measured = evaluate(model, toy_data(), batch_size=4)  # 11 images: the last batch has 3
-    share = 4 / 11  # labels are 0, 1, 2, 0, ... of 11 images
-    assert measured["top1"] == pytest.approx(100 * share)
-    assert measured["top5"] == 100  # of three classes
-    hit = math.log(math.exp(2) + 2) - 2
-    miss = math.log(math.exp(2) + 2)
-    assert measured["loss"] == pytest.approx(share * hit + (1 - share) * miss)
-    assert model.training
 
 
 def test_a_penalty_sees_as_many_steps_as_the_phase_has() -> None:

@@ -1,0 +1,190 @@
+"""Config: all that decides a run, checked before any work, with defaults at three scales."""
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args
+
+from swdlib.data import DATASETS
+from swdlib.devices import Precision
+from swdlib.models import MODELS
+from swdlib.penalties import Update
+from swdlib.recipes import RECIPES, Phase
+from swdlib.schedules import Cosine, Piecewise, Schedule, Steps
+from swdlib.structures import STRUCTURES
+
+_SMALL = {"lr_schedule": "triangle", "nesterov": True}
+
+# "paper" is the published set-up (arXiv 2011.10520 and the authors' code); the others are smaller.
+PROFILES: dict[str, dict[str, Any]] = {
+    "smoke": {
+        **_SMALL,
+        "dataset": "digits",
+        "model": "cnn",
+        "width": 16,
+        "epochs": 30,
+        "finetune_epochs": 6,
+        "batch_size": 64,
+        "lr": 0.2,
+    },
+    "laptop": {
+        **_SMALL,
+        "dataset": "cifar10",
+        "model": "resnet20",
+        "width": 8,
+        "epochs": 10,
+        "finetune_epochs": 2,
+        "batch_size": 128,
+        "lr": 0.2,
+    },
+    "paper": {
+        "dataset": "cifar10",
+        "model": "resnet20",
+        "width": 64,
+        "epochs": 300,
+        "finetune_epochs": 50,
+        "batch_size": 128,
+        "lr": 0.1,
+        "lr_schedule": "steps",
+        "nesterov": False,
+    },
+}
+
+LR_SCHEDULES: dict[str, Callable[[float], Schedule]] = {
+    "steps": lambda lr: Steps(lr, 0.1, (1 / 3, 2 / 3)),  # as published
+    "cosine": lambda lr: Cosine(lr, lr / 100),
+    "triangle": lambda lr: Piecewise(((0.0, lr / 10), (0.2, lr), (1.0, lr / 100))),
+}
+
+
+def _setting(default: Any, meaning: str, *choices: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "choices": choices})
+
+
+BY_PROFILE = None  # a field left at None takes its profile's value
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides a run; what is not given comes from the profile.
+
+    Its fields are the notebooks' parameters and the command line's flags. A setting that the recipe
+    does not use is blanked, so that it cannot tell two equal runs apart. Raises ValueError that
+    names the field, its value and what is allowed.
+    """
+
+    profile: str = _setting("smoke", "scale of the run", *PROFILES)
+    dataset: str = _setting(BY_PROFILE, "dataset", *DATASETS)
+    data_root: str | None = _setting(None, "folder that holds the dataset")
+    model: str = _setting(BY_PROFILE, f"{', '.join(MODELS)}, or a torchvision classifier")
+    width: int | None = _setting(BY_PROFILE, "maps of the first stage")
+    recipe: str = _setting("swd", "method", *RECIPES)
+    structure: str = _setting("weights", "what is pruned together", *STRUCTURES)
+    sparsity: float = _setting(0.9, "fraction of weights removed, in [0, 1)")
+    epochs: int = _setting(BY_PROFILE, "epochs in all, fine-tuning included")
+    finetune_epochs: int = _setting(BY_PROFILE, "epochs of them that follow a cut")
+    iterations: int = _setting(1, "cuts")
+    batch_size: int = _setting(BY_PROFILE, "images in a step")
+    lr: float = _setting(BY_PROFILE, "highest learning rate")
+    lr_schedule: str = _setting(BY_PROFILE, "course of the learning rate", *LR_SCHEDULES)
+    momentum: float = _setting(0.9, "momentum of SGD, in [0, 1)")
+    nesterov: bool = _setting(BY_PROFILE, "Nesterov's momentum")
+    weight_decay: float = _setting(5e-4, "weight decay mu, of all weights and of SWD")
+    a_min: float = _setting(0.1, "strength of SWD at the start")
+    a_max: float = _setting(1e5, "strength of SWD at the end")
+    update: str = _setting("gradient", "how SWD acts", *get_args(Update))
+    seed: int = _setting(0, "seed of weights, batch order and augmentation")
+    holdout: float = _setting(0.0, "fraction of training images measured instead of the test's")
+    precision: str = _setting("fp32", "arithmetic", *get_args(Precision))
+    accumulate: int = _setting(1, "parts that a batch is worked through in")
+    clip: float | None = _setting(None, "largest gradient norm")
+    compile: bool = _setting(False, "use torch.compile")
+    channels_last: bool = _setting(True, "lay images channels last: faster convolutions")
+    device: str = _setting("auto", "where it runs", "auto", "cpu", "cuda", "mps")
+
+    def __post_init__(self) -> None:
+        _check_choice("profile", self.profile, tuple(PROFILES))
+        for setting in fields(self):
+            value = self._filled(setting.name)
+            if value is not None:
+                value = _typed(setting.name, setting.type, value)
+                _check_choice(setting.name, value, setting.metadata["choices"])
+            object.__setattr__(self, setting.name, value)
+        self._check_ranges()
+        phases_of(self)  # a recipe checks its own settings
+        self._blank_unused()
+
+    def settings(self) -> dict[str, Any]:
+        """The fields and their values, as a record keeps them."""
+        return asdict(self)
+
+    def title(self) -> str:
+        """A line that names the run."""
+        width = "" if self.width is None else f" of width {self.width}"
+        cut = f" at sparsity {self.sparsity:g}" if self.sparsity else ""
+        return (
+            f"{self.recipe}{cut}: {self.model}{width} on {self.dataset}, "
+            f"{self.epochs} epochs, seed {self.seed}"
+        )
+
+    def _filled(self, name: str) -> Any:
+        value = getattr(self, name)
+        if value is not None:
+            return value
+        if name == "width" and self.model not in MODELS:
+            return None  # torchvision's networks have none
+        default = type(self).__dataclass_fields__[name].default
+        return PROFILES[self.profile].get(name, default)
+
+    def _check_ranges(self) -> None:
+        for name in ("epochs", "finetune_epochs", "iterations", "batch_size", "accumulate"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "a_min", "a_max"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        for name in ("sparsity", "momentum", "holdout"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("weight_decay", "seed"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _require("width", self.width, self.width is None or self.width >= 1, "at least 1")
+        _require("clip", self.clip, self.clip is None or self.clip > 0, "above 0")
+        _require("nesterov", True, not self.nesterov or self.momentum > 0, "false if momentum is 0")
+
+    def _blank_unused(self) -> None:
+        used = inspect.signature(RECIPES[self.recipe]).parameters
+        of_recipes = {
+            name for recipe in RECIPES.values() for name in inspect.signature(recipe).parameters
+        }
+        for name in of_recipes - set(used) - {"weight_decay"}:  # which every optimizer uses
+            object.__setattr__(self, name, 0.0 if name == "sparsity" else None)
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """The value as the field's type, so that 1 and 1.0 are one configuration."""
+    wanted = next((t for t in get_args(kind) if t is not type(None)), kind)
+    accepted = {float: numbers.Real, int: numbers.Integral}.get(wanted, wanted)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+        raise ValueError(f"{name} must be of type {wanted.__name__}, not {value!r}")
+    if wanted is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return wanted(value)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def phases_of(config: Config) -> list[Phase]:
+    """The phases of the configuration's recipe, given the settings that its parameters name."""
+    settings = config.settings()
+    settings["lr"] = LR_SCHEDULES[config.lr_schedule](config.lr)
+    settings["structure"] = STRUCTURES.get(config.structure)
+    recipe = RECIPES[config.recipe]
+    return recipe(**{name: settings[name] for name in inspect.signature(recipe).parameters})

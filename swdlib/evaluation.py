@@ -1,0 +1,64 @@
+"""Evaluation: loss and accuracy over all test images."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from swdlib.metrics import count_correct
+
+
+class Data(Protocol):
+    """What the loop needs of a dataset; batches are the same however often they are drawn."""
+
+    def steps(self, batch_size: int, *, world: int = 1) -> int: ...
+    def train_batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def test_batches(
+        self, batch_size: int, *, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    *,
+    loss: Callable[..., Tensor] = cross_entropy,
+    batch_size: int = 1000,
+) -> dict[str, float]:
+    """Mean loss, and Top-1 and Top-5 accuracy in percent, over all test images of `data`."""
+    model.to(next(data.test_batches(2))[0].device)
+    return means(sums_over_test(model, data, loss, batch_size))
+
+
+@torch.no_grad()
+def sums_over_test(
+    model: nn.Module, data: Data, loss: Callable[..., Tensor], batch_size: int, **share: int
+) -> Tensor:
+    """Loss, correct at 1, correct at 5 and images, summed over this process' test images."""
+    was_training = model.training
+    model.eval()
+    sums = []
+    for images, labels in data.test_batches(batch_size, **share):
+        logits = model(images)
+        of_batch = loss(logits, labels, reduction="sum")
+        correct = [count_correct(logits, labels, k) for k in (1, 5)]
+        count = torch.tensor(len(labels), device=labels.device)
+        sums.append(torch.stack([of_batch.float(), *(n.float() for n in [*correct, count])]))
+    model.train(was_training)
+    return torch.stack(sums).sum(0)
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    loss, top1, top5, images = sums.tolist()
+    return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}

@@ -1,0 +1,158 @@
+"""Plots: what is drawn is what the table says; no torch; readable on light and dark pages."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+
+from swdlib import plots
+from swdlib.metrics import weight_histogram
+from swdlib.schedules import Constant, Exponential
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def closed_figures() -> Iterator[None]:
+    """Close what a test has drawn."""
+    yield
+    plt.close("all")
+
+
+def row(run: str, recipe: str, epoch: int, top1: float, **more: Any) -> dict[str, Any]:
+    """Return a row as `load_records` makes it."""
+    named = {"run": run, "recipe": recipe, "target_sparsity": 0.98, "iterations": None}
+    return {**named, "kind": "train", "epoch": epoch, "top1": top1, "parameters": 1000, **more}
+
+
+ROWS = pd.DataFrame(
+    [
+        row("a", "dense", 1, 50.0, target_sparsity=0.0),
+        row("a", "dense", 2, 80.0, target_sparsity=0.0),
+        row("b", "han2015", 1, 60.0, iterations=4),
+        row("b", "han2015", 1, 20.0, iterations=4, kind="prune", parameters=20),
+        row("b", "han2015", 2, 40.0, iterations=4, parameters=20),
+    ]
+)
+
+
+def legend(ax: Axes) -> list[str]:
+    """Return the texts of the legend's entries."""
+    found = ax.get_legend()
+    assert found is not None
+    return [text.get_text() for text in found.get_texts()]
+
+
+def points(line: Any) -> list[tuple[float, float]]:
+    """Return the points of a line."""
+    return [(float(x), float(y)) for x, y in line.get_xydata()]
+
+
+def test_accuracy_has_a_line_a_run_and_a_cross_a_cut() -> None:
+    ax = plots.accuracy_over_epochs(ROWS)
+    drawn = [points(line) for line in ax.lines]
+    assert drawn == [[(1, 50), (2, 80)], [], [(1, 60), (1, 20), (2, 40)], [(1, 20)]]
+    assert legend(ax) == ["dense", "han2015 98 %, 4 cuts"]
+    assert "%" in ax.get_ylabel()
+
+
+def test_accuracy_against_kept_shows_the_last_row_of_each_run() -> None:
+    ax = plots.accuracy_against_kept(ROWS)
+    assert [points(line) for line in ax.lines] == [[(1000, 80)], [(20, 40)]]
+    assert ax.get_xscale() == "log"
+    assert legend(ax) == ["dense", "han2015 98 %, 4 cuts"]
+
+
+@pytest.mark.parametrize("none", [None, float("nan")])
+def test_recipe_without_iterations_has_a_plain_name(none: float | None) -> None:
+    named = row("c", "swd", 1, 1.0, iterations=none)
+    assert plots.name_of(pd.Series(named)) == "swd 98 %"
+
+
+def test_weights_are_counted_at_their_magnitude_and_zeros_in_the_label() -> None:
+    import torch
+
+    histogram = weight_histogram([torch.tensor([0.0, 0.0, 0.5, -0.5, 3e-5])])
+    ax = plots.weight_distribution({"end": histogram})
+    [stairs] = ax.patches
+    values, edges, _ = stairs.get_data()  # type: ignore[attr-defined]
+    for magnitude, count in ((0.5, 2), (3e-5, 1)):
+        bin_ = int(np.searchsorted(edges, magnitude)) - 1
+        assert values[bin_] == count
+    assert values.sum() == 3
+    assert legend(ax) == ["end (2 are zero)"]
+    low, high = ax.get_xlim()
+    assert 1e-5 < low < 3e-5 and 0.5 < high < 1
+
+
+def test_weights_that_are_all_zero_are_drawn() -> None:
+    ax = plots.weight_distribution({"cut": {"zeros": 7, "counts": [0, 0, 0]}})
+    assert legend(ax) == ["cut (7 are zero)"]
+
+
+def test_schedule_is_drawn_from_start_to_end() -> None:
+    ax = plots.schedule({"a": Exponential(0.1, 1e5), "b": Constant(3.0)})
+    rising, level = (points(line) for line in ax.lines)
+    assert rising[0] == (0.0, 0.1) and rising[-1] == (1.0, 1e5)
+    assert rising[100] == pytest.approx((0.5, 100.0))
+    assert {y for _, y in level} == {3.0}
+
+
+def test_cliff_has_a_line_for_each_allocation() -> None:
+    frame = pd.DataFrame(
+        {"allocation": ["global", "global", "per layer"], "sparsity": [0, 0.5, 0.5], "top1": 9.0}
+    )
+    ax = plots.sparsity_cliff(frame)
+    assert [points(line) for line in ax.lines] == [[(0, 9), (50, 9)], [(50, 9)]]
+    assert legend(ax) == ["global", "per layer"]
+
+
+DRAWN = [
+    lambda ax: plots.accuracy_over_epochs(ROWS, ax),
+    lambda ax: plots.accuracy_against_kept(ROWS, ax),
+    lambda ax: plots.weight_distribution({"a": {"zeros": 0, "counts": [1, 2]}}, ax),
+    lambda ax: plots.schedule({"a": Constant(1.0)}, ax),
+    lambda ax: plots.sparsity_cliff(
+        pd.DataFrame({"allocation": ["global"], "sparsity": [0.5], "top1": [9.0]}), ax
+    ),
+]
+
+
+def contrast(colour: Any, page: float) -> float:
+    """Return WCAG's contrast between a colour and a page of relative luminance `page`."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    levels = sorted((float(np.dot(linear, (0.2126, 0.7152, 0.0722))), page))
+    return (levels[1] + 0.05) / (levels[0] + 0.05)
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+def test_figure_can_be_read_on_a_light_and_on_a_dark_page(draw: Any) -> None:
+    mine = plt.subplots()[1]
+    ax = draw(mine)
+    assert ax is mine
+    mine.figure.canvas.draw()
+    assert ax.patch.get_alpha() == ax.figure.patch.get_alpha() == 0
+    texts = [ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]
+    for text in [*texts, *ax.get_legend().get_texts()]:
+        assert contrast(text.get_color(), 1.0) > 3.9
+        assert contrast(text.get_color(), 0.01) > 3.9
+    assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_each_line_differs_from_its_neighbours_in_more_than_colour() -> None:
+    runs = pd.concat([ROWS[:2].assign(run=name) for name in "xyz"])
+    ax = plots.accuracy_over_epochs(runs)
+    assert len({line.get_linestyle() for line in ax.lines[::2]}) == 3
+
+
+def test_plotting_does_not_import_torch() -> None:
+    code = "import sys, swdlib.plots; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
