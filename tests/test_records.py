@@ -116,3 +116,18 @@ def test_the_committed_records_are_sound() -> None:
         )
         assert found.provenance["dataset"]["fingerprint"]
         assert found.status in ("finished", "diverged")
+
+
+def test_the_figures_of_the_readme_are_on_record() -> None:
+    root = Path(__file__).resolve().parents[1]
+    found = []
+    for path in sorted((root / "book" / "records" / "laptop").glob("*.json")):
+        rows = records.load(path).rows
+        if records.load(path).config["seed"] == 0:
+            cuts = [i for i, row in enumerate(rows) if row["kind"] == "prune"]
+            before = f"{rows[cuts[-1] - 1]['top1']:.2f}" if cuts else ""
+            found.append((before, f"{rows[-1]['top1']:.2f}"))
+    table = [line for line in (root / "README.md").read_text("utf-8").splitlines() if "| `" in line]
+    stated = [tuple(cell.strip() for cell in line.split("|")[3:5]) for line in table]
+    assert len(stated) >= 4
+    assert set(stated) <= set(found)
