@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: help book test check notebook strip clean distclean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^#/!q; s/^# //p' Makefile
 
 book: $(VENV)/.book
 	$(BIN)/python book/build.py book --profile $(PROFILE)

@@ -1,5 +1,6 @@
 """Devices: where a run happens, and in what arithmetic. accelerate knows the rest."""
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,14 @@ def is_main_process() -> bool:
     from accelerate.state import PartialState
 
     return bool(PartialState().is_main_process)
+
+
+def main_process_first() -> AbstractContextManager[None]:
+    """A context that the main process goes through before the others: it fills a cache for them."""
+    from accelerate.state import PartialState
+
+    context: AbstractContextManager[None] = PartialState().main_process_first()
+    return context
 
 
 def make_accelerator(device: torch.device, precision: Precision) -> Any:

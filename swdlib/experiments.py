@@ -17,7 +17,7 @@ from torch.optim import SGD
 from swdlib import records
 from swdlib.config import Config, phases_of
 from swdlib.data import load_data
-from swdlib.devices import find_device, is_main_process
+from swdlib.devices import find_device, is_main_process, main_process_first
 from swdlib.files import write_whole
 from swdlib.images import Dataset
 from swdlib.masks import NotFinite
@@ -42,12 +42,9 @@ def run(
     path = records.path_of(config.settings(), Path(folder or records.default_folder()))
     if path.exists() and not again:
         return records.load(path)
-    data = load_data(
-        config.dataset,
-        config.data_root,
-        device=find_device(config.device),
-        holdout=config.holdout,
-    )
+    device = find_device(config.device)
+    with main_process_first():
+        data = load_data(config.dataset, config.data_root, device=device, holdout=config.holdout)
     model = build(config, data)
     checkpoint = path.parent / "checkpoints" / f"{path.stem}.pt"
     options = options_of(config, checkpoint=checkpoint, progress=progress)

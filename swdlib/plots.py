@@ -43,6 +43,9 @@ def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.plot(runs["parameters"], runs["top1"], ls="", markersize=8, label=name, **look)
     ax.set_xscale("log")
+    # Whole powers of ten: marks between them would be written over each other.
+    low, high = np.log10(finals["parameters"].agg(["min", "max"]))
+    ax.set_xlim(10 ** np.floor(low - 0.05), 10 ** np.ceil(high + 0.05))
     return _legend(ax)
 
 

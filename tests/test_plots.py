@@ -68,6 +68,7 @@ def test_accuracy_against_kept_shows_the_last_row_of_each_run() -> None:
     ax = plots.accuracy_against_kept(ROWS)
     assert [points(line) for line in ax.lines] == [[(1000, 80)], [(20, 40)]]
     assert ax.get_xscale() == "log"
+    assert ax.get_xlim() == (10, 10_000)
     assert legend(ax) == ["dense", "han2015 98 %, 4 cuts"]
 
 
@@ -141,7 +142,9 @@ def test_figure_can_be_read_on_a_light_and_on_a_dark_page(draw: Any) -> None:
     mine.figure.canvas.draw()
     assert ax.patch.get_alpha() == ax.figure.patch.get_alpha() == 0
     texts = [ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]
-    for text in [*texts, *ax.get_legend().get_texts()]:
+    found = ax.get_legend()
+    assert found is not None
+    for text in [*texts, *found.get_texts()]:
         assert contrast(text.get_color(), 1.0) > 3.9
         assert contrast(text.get_color(), 0.01) > 3.9
     assert ax.get_xlabel() and ax.get_ylabel()

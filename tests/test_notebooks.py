@@ -1,0 +1,152 @@
+"""Parameters of notebooks, and the notebooks rerun with other ones."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from book.build import BOOK, notebook_names
+from swdlib.notebooks import check_parameters
+
+OWN = "# None: as before.\nsparsity: float = 0.9  # removed\nepochs: int = None\n"
+NAMES = notebook_names(BOOK)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        ["", OWN, "from swdlib.notebooks import check_parameters"],
+        ["", OWN, "# Parameters\nsparsity = 0.5\nepochs = 3\n"],
+        ["", OWN, "# Parameters\nepochs = 3\n", "seed = 1"],
+        ["", "# Parameters\nseed = 1"],
+    ],
+)
+def test_known_parameters_pass(history: list[str]) -> None:
+    check_parameters({"In": history, "seed": 1})
+
+
+def test_unknown_parameter_is_named_with_those_there_are() -> None:
+    given = "# Parameters\nsparsty = 0.5\nepochs = 3\n"
+    message = "no parameter sparsty; its parameters are epochs, sparsity"
+    with pytest.raises(ValueError, match=message):
+        check_parameters({"In": ["", OWN, given, "anything"]})
+
+
+def cells(name: str) -> list[Any]:
+    """Return the code cells of a stored notebook."""
+    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_come_first_and_are_checked_before_any_work(name: str) -> None:
+    first, second = cells(name)[:2]
+    assert first.metadata.get("tags") == ["parameters"]
+    assert "check_parameters(globals())" in second.source and "Config(" in second.source
+    assert all(type_ != "None" for type_ in types_of(name).values())
+
+
+def types_of(name: str) -> dict[str, str]:
+    """Return the parameters of a notebook with their types, as papermill infers them."""
+    found = papermill.inspect_notebook(str(BOOK / f"{name}.ipynb"))
+    return {parameter: about["inferred_type_name"] for parameter, about in found.items()}
+
+
+def test_parameters_of_the_experiment() -> None:
+    assert types_of("swd-on-cifar10") == {
+        **dict.fromkeys(("profile", "dataset", "data_root", "recipe", "records"), "str"),
+        **dict.fromkeys(("epochs", "width", "seed"), "int"),
+        **dict.fromkeys(("sparsity", "a_min", "a_max"), "float"),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_has_alternative_text_and_suits_both_modes(name: str) -> None:
+    figures = [c for c in cells(name) if re.search(r"^(plots|plt)\.", c.source, re.MULTILINE)]
+    assert figures
+    for cell in figures:
+        image = cell.metadata.get("mystnb", {}).get("image", {})
+        assert len(image.get("alt", "").split()) > 8, cell.source
+        assert image.get("classes") == "dark-light", cell.source  # not whitened in dark mode
+        assert cell.source.count("plots.") == 1, "one alternative text is for one figure"
+
+
+def rerun(name: str, folder: Path, **parameters: Any) -> list[Any]:
+    """Run a notebook from a folder that is not the book's; return its cells, outputs and all."""
+    papermill.execute_notebook(
+        str(BOOK / f"{name}.ipynb"),
+        str(folder / "out.ipynb"),
+        parameters=parameters,
+        cwd=str(folder),
+        progress_bar=False,
+    )
+    return ran(folder)
+
+
+def ran(folder: Path) -> list[Any]:
+    """Return the code cells that were run."""
+    notebook = nbformat.read(folder / "out.ipynb", as_version=4)
+    return [cell for cell in notebook.cells if cell.get("execution_count")]
+
+
+def printed(cells: list[Any]) -> str:
+    """Return what cells printed, without warnings and progress."""
+    outputs = [output for cell in cells for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"recipe": "dense", "epochs": 2, "width": 4}, "dense on digits: cnn of width 4, 2 epochs"),
+    ({"recipe": "han2015", "epochs": 2, "sparsity": 0.5}, "han2015 on digits: cnn of width 16"),
+    ({"a_max": 1e3, "epochs": 2, "seed": 7}, "swd on digits: cnn of width 16, 2 epochs, seed 7"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parameters", "expected"), EXPERIMENTS)
+def test_experiment_runs_with_other_parameters_from_any_folder(
+    parameters: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    found = rerun("swd-on-cifar10", tmp_path, records=str(tmp_path / "records"), **parameters)
+    assert expected in printed(found)
+    assert list((tmp_path / "records" / "smoke").glob("digits-*.json"))
+
+
+@pytest.mark.slow
+def test_pruning_runs_with_other_parameters(tmp_path: Path) -> None:
+    found = rerun("what-is-pruning", tmp_path, seed=1, epochs=2)
+    assert "test images are classified correctly" in printed(found)
+
+
+@pytest.mark.slow
+def test_by_hand_and_by_library_agree_with_other_parameters(tmp_path: Path) -> None:
+    found = rerun("swd-from-scratch", tmp_path, epochs=2, sparsity=0.5, a_max=1e3)
+    assert "The losses of all 46 steps are the same" in printed(found)
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("swd-on-cifar10", {"sparsity": 1.5}, r"sparsity must be in \[0, 1\), not 1\.5"),
+    ("swd-on-cifar10", {"recipe": "foo"}, "recipe must be one of dense, swd, han2015, not 'foo'"),
+    ("swd-on-cifar10", {"epochs": 0}, "epochs must be at least 1, not 0"),
+    ("swd-on-cifar10", {"epochs": "many"}, "epochs must be of type int, not 'many'"),
+    ("swd-on-cifar10", {"profile": "huge"}, "profile must be one of .*, not 'huge'"),
+    ("swd-on-cifar10", {"sparsty": 0.5}, "no parameter sparsty"),
+    ("swd-from-scratch", {"a_min": -1.0}, r"a_min must be above 0, not -1\.0"),
+    ("what-is-pruning", {"epoch": 3}, "no parameter epoch"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Passed unknown parameter")
+@pytest.mark.parametrize(("name", "parameters", "message"), WRONG)
+def test_wrong_parameter_stops_before_any_work(
+    name: str, parameters: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PapermillExecutionError, match=message):
+        rerun(name, tmp_path, **parameters)
+    assert "check_parameters" in ran(tmp_path)[-1].source
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.ipynb"]
