@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# Networks in tests are too small to share among threads, above all on a busy machine. It counts
+# only if it is set before torch is imported, and the processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 IN_CI = "SWDLIB_CI" in os.environ
 
 

@@ -128,6 +128,29 @@ def test_by_hand_and_by_library_agree_with_other_parameters(tmp_path: Path) -> N
     assert "The losses of all 46 steps are the same" in printed(found)
 
 
+def solutions(name: str) -> list[str]:
+    """Return the Python code of a notebook's folded solutions."""
+    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if solutions(name)])
+def test_solutions_run_at_the_end_of_their_page(name: str, tmp_path: Path) -> None:
+    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in solutions(name)]
+    nbformat.write(notebook, tmp_path / "solved.ipynb")
+    papermill.execute_notebook(
+        str(tmp_path / "solved.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        parameters={"epochs": 4},
+        cwd=str(tmp_path),
+        progress_bar=False,
+    )
+    assert [cell.source for cell in ran(tmp_path)][-len(solutions(name)) :] == solutions(name)
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("swd-on-cifar10", {"sparsity": 1.5}, r"sparsity must be in \[0, 1\), not 1\.5"),
     ("swd-on-cifar10", {"recipe": "foo"}, "recipe must be one of dense, swd, han2015, not 'foo'"),

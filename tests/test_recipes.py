@@ -1,4 +1,5 @@
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_han2015_spends_the_budget_and_reaches_the_target(
     cuts = cuts_of(phases)
     assert cuts[-1] == sparsity
     left = [1.0, *(1 - cut for cut in cuts)]
-    for before, after in zip(left, left[1:], strict=False):
+    for before, after in pairwise(left):
         assert after / before == pytest.approx((1 - sparsity) ** (1 / iterations), rel=1e-9)
 
 
