@@ -23,14 +23,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def accuracy_over_epochs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Top-1 accuracy after each epoch, a line a run; a cross marks each cut."""
+    """Top-1 accuracy after each epoch, a line a run, alike for all seeds; a cross marks a cut."""
     ax = _axes(ax, "epoch", "Top-1 accuracy (%)")
-    for i, (_, run) in enumerate(rows.groupby("run", sort=False)):
-        colour = COLOURS[i % len(COLOURS)]
-        style = STYLES[i % len(STYLES)]
-        ax.plot(run["epoch"], run["top1"], style, color=colour, label=name_of(run.iloc[0]))
-        cuts = run[run["kind"] == "prune"]
-        ax.plot(cuts["epoch"], cuts["top1"], "X", color=colour, markersize=9)
+    for i, (name, runs) in enumerate(rows.groupby(rows.apply(name_of, axis=1), sort=False)):
+        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
+        for j, (_, run) in enumerate(runs.groupby("run", sort=False)):
+            ax.plot(run["epoch"], run["top1"], label=None if j else name, **look)
+        cuts = runs[runs["kind"] == "prune"]
+        ax.plot(cuts["epoch"], cuts["top1"], "X", color=look["color"], markersize=9)
     return _legend(ax, "× after a cut")
 
 

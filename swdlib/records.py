@@ -67,8 +67,9 @@ def path_of(config: dict[str, Any], folder: Path) -> Path:
 
 def default_folder() -> Path:
     """`book/records` if swdlib runs from a checkout of its repository, otherwise `./records`."""
-    book = Path(__file__).resolve().parent.parent / "book"
-    return book / "records" if book.is_dir() else Path("records")
+    root = Path(__file__).resolve().parent.parent
+    is_checkout = (root / "book").is_dir() and (root / "pyproject.toml").is_file()
+    return root / "book" / "records" if is_checkout else Path("records")
 
 
 def save(record: Record, folder: Path) -> Path:

@@ -151,7 +151,7 @@ def test_figure_can_be_read_on_a_light_and_on_a_dark_page(draw: Any) -> None:
 
 
 def test_each_line_differs_from_its_neighbours_in_more_than_colour() -> None:
-    runs = pd.concat([ROWS[:2].assign(run=name) for name in "xyz"])
+    runs = pd.concat([ROWS[:2].assign(run=name, recipe=name) for name in "xyz"])
     ax = plots.accuracy_over_epochs(runs)
     assert len({line.get_linestyle() for line in ax.lines[::2]}) == 3
 
@@ -159,3 +159,12 @@ def test_each_line_differs_from_its_neighbours_in_more_than_colour() -> None:
 def test_plotting_does_not_import_torch() -> None:
     code = "import sys, swdlib.plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_seeds_of_a_method_look_alike_and_are_named_once() -> None:
+    runs = pd.concat([ROWS[:2].assign(run=f"{seed}", seed=seed) for seed in range(3)])
+    ax = plots.accuracy_over_epochs(runs)
+    lines = [line for line in ax.lines if line.get_marker() == "None"]
+    assert len(lines) == 3
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 1
+    assert len(ax.get_legend_handles_labels()[1]) == 1
