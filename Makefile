@@ -46,6 +46,8 @@ $(VENV)/.book: pyproject.toml | $(VENV)/bin/pip
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/python -m pip install --quiet -e '.[book,test]'
+	@[ -x /usr/bin/chromium ] || $(BIN)/playwright install chromium > /dev/null 2>&1 \
+	    || echo "No chromium, and none could be fetched: the tests in a browser will be skipped"
 	@touch $(VENV)/.book $@
 
 # Debian's Python has no ensurepip without python3-venv; its own pip can fill the environment instead.
