@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch.optim import Optimizer
 
 from swdlib.criteria import Criterion, magnitude
+from swdlib.masks import check_sparsity
 from swdlib.penalties import SelectiveWeightDecay, Update
 from swdlib.schedules import Constant, Exponential, Schedule
 from swdlib.structures import Structure
@@ -40,8 +41,8 @@ class Train:
     penalty: Callable[..., Penalty] | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"a training phase needs at least 1 epoch, not {self.epochs!r}")
+        if not isinstance(self.epochs, int) or self.epochs < 1:
+            raise ValueError(f"epochs must be a whole number of at least 1, not {self.epochs!r}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Prune:
     sparsity: float
     structure: Structure
     criterion: Criterion = magnitude
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
 
 
 Phase = Train | Prune
@@ -98,6 +102,7 @@ def han2015(
     `epochs`, `finetune_epochs` are for fine-tuning, divided evenly (Han et al. 2015,
     arXiv 1506.02626).
     """
+    check_sparsity(sparsity)
     _check_finetuning(epochs, finetune_epochs, iterations)
     phases: list[Phase] = [Train(epochs - finetune_epochs, lr)]
     for i in range(iterations):

@@ -140,12 +140,22 @@ def test_fine_tuning_that_does_not_fit_the_budget_is_refused(
         phases_of(han2015, **settings)
 
 
-@pytest.mark.parametrize("epochs", [0, -1])
-def test_a_phase_without_epochs_is_refused(epochs: int) -> None:
-    with pytest.raises(ValueError, match=f"at least 1 epoch, not {epochs}"):
+@pytest.mark.parametrize("epochs", [0, -1, 2.5])
+def test_a_phase_without_whole_epochs_is_refused(epochs: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"epochs must be a whole number of at least 1, not {epochs}"
+    ):
         dense(epochs, LR)
 
 
 def test_a_strength_that_cannot_grow_exponentially_is_refused() -> None:
     with pytest.raises(ValueError, match=r"start=0.0"):
         phases_of(swd, a_min=0.0)
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 1.5, -0.1, float("nan")])
+def test_an_impossible_sparsity_is_refused(sparsity: float) -> None:
+    with pytest.raises(ValueError, match=f"must be in .*, not {sparsity}"):
+        Prune(sparsity, weights)
+    with pytest.raises(ValueError, match=f"must be in .*, not {sparsity}"):
+        phases_of(han2015, sparsity=sparsity)
