@@ -11,6 +11,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
 from swdlib.config import Config
+from swdlib.devices import is_main_process
 from swdlib.experiments import run
 from swdlib.records import load_records
 from swdlib.sweeps import grid, sweep
@@ -93,8 +94,8 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 def _run(options: argparse.Namespace) -> None:
     config = Config(**_given(options))
     record = run(config, options.records, again=options.again)
-    print(config.title())
-    print(record.summary())
+    if is_main_process():
+        print(f"{config.title()}\n{record.summary()}")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -118,3 +119,7 @@ def tidy(records: "pd.DataFrame") -> "pd.DataFrame":
     return (
         last[columns].sort_values(order, ignore_index=True).round({"loss": 4, "top1": 2, "top5": 2})
     )
+
+
+if __name__ == "__main__":  # for `accelerate launch -m swdlib.cli`
+    main()

@@ -183,6 +183,10 @@ def test_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None
     source = "import swdlib; print(swdlib.__file__, swdlib.__version__)"
     printed = python("-c", source, folder=tmp_path, PYTHONPATH=str(target))
     assert printed == f"{target / 'swdlib' / '__init__.py'} {swdlib.__version__}"
+    run = ["-m", "swdlib.cli", "run", "--epochs", "1", "--width", "4"]
+    printed = python(*run, folder=tmp_path, PYTHONPATH=str(target))
+    assert "89.98 % of the prunable weights removed" in printed
+    assert list((tmp_path / "records" / "smoke").glob("*.json"))
 
 
 @pytest.mark.slow
