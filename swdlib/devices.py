@@ -22,7 +22,9 @@ def find_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} is not available here: use 'auto' or 'cpu'")
     if not torch.distributed.is_initialized():
         PartialState._reset_state()
-    device: torch.device = PartialState(cpu=name == "cpu").device
+    # Told of no CPU, accelerate takes several processes without a GPU for as many single ones.
+    has_gpu = any(present.values()) or torch.xpu.is_available()
+    device: torch.device = PartialState(cpu=name == "cpu" or not has_gpu).device
     return device
 
 

@@ -84,6 +84,23 @@ def test_a_flag_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
+def test_several_processes_make_one_run(tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = ["-m", "swdlib.cli", "run", "--model", "mlp", "--epochs", "2", "--device"]
+    printed = []
+    for device in ("auto", "cpu"):
+        command = [*launch, *run, device, "--records", str(tmp_path / device)]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed.append(done.stdout)
+    assert printed[0] == printed[1]
+    assert printed[0].count("Top-1") == 1
+    cli.main([*run[2:], "cpu", "--records", str(tmp_path / "one")])
+    top1 = [load_records(tmp_path / name)["top1"].tolist() for name in ("auto", "one")]
+    assert top1[0] == pytest.approx(top1[1], abs=1.5)  # a sum in another order; a few images
+
+
+@pytest.mark.slow
 def test_the_installed_command_answers() -> None:
     script = Path(sys.executable).with_name("swdlib")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
