@@ -7,10 +7,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from swdlib.config import Config
+from swdlib.config import Config, type_of
 from swdlib.devices import is_main_process
 from swdlib.experiments import run
 from swdlib.records import load_records
@@ -76,7 +75,7 @@ def _add_settings(command: argparse.ArgumentParser, **options: Any) -> None:
 
 def _reader(kind: Any) -> Callable[[str], Any]:
     """What turns a flag's text into the type of its field."""
-    wanted = next((t for t in get_args(kind) if t is not NoneType), kind)
+    wanted = type_of(kind)
     return _truth if wanted is bool else wanted
 
 
@@ -101,7 +100,8 @@ def _run(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     configs = grid(_given(options))
     for record in sweep(configs, options.records):
-        print(record.summary(), flush=True)
+        if is_main_process():
+            print(record.summary(), flush=True)
 
 
 def _show(options: argparse.Namespace) -> None:

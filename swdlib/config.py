@@ -160,9 +160,14 @@ class Config:
             object.__setattr__(self, name, 0.0 if name == "sparsity" else None)
 
 
+def type_of(kind: Any) -> Any:
+    """The type that a field's annotation allows, None aside."""
+    return next((t for t in get_args(kind) if t is not type(None)), kind)
+
+
 def _typed(name: str, kind: Any, value: Any) -> Any:
     """The value as the field's type, so that 1 and 1.0 are one configuration."""
-    wanted = next((t for t in get_args(kind) if t is not type(None)), kind)
+    wanted = type_of(kind)
     accepted = {float: numbers.Real, int: numbers.Integral}.get(wanted, wanted)
     if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
         raise ValueError(f"{name} must be of type {wanted.__name__}, not {value!r}")

@@ -10,6 +10,18 @@ Precision = Literal["fp32", "bf16", "fp16"]
 # accelerate is imported in the functions, as it takes longer than all of the library.
 
 
+def _has_gpu() -> bool:
+    return any(gpu.is_available() for gpu in (torch.cuda, torch.backends.mps, torch.xpu))
+
+
+def _processes(cpu: bool = False) -> Any:
+    """What accelerate knows of this process and those beside it."""
+    from accelerate.state import PartialState
+
+    # Told of no CPU, accelerate takes several processes without a GPU for as many single ones.
+    return PartialState(cpu=cpu or not _has_gpu())
+
+
 def find_device(name: str = "auto") -> torch.device:
     """The device of this process: "auto" takes the best there is, else "cpu", "cuda" or "mps".
 
@@ -22,24 +34,18 @@ def find_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} is not available here: use 'auto' or 'cpu'")
     if not torch.distributed.is_initialized():
         PartialState._reset_state()
-    # Told of no CPU, accelerate takes several processes without a GPU for as many single ones.
-    has_gpu = any(present.values()) or torch.xpu.is_available()
-    device: torch.device = PartialState(cpu=name == "cpu" or not has_gpu).device
+    device: torch.device = _processes(cpu=name == "cpu").device
     return device
 
 
 def is_main_process() -> bool:
     """Whether this is the one process of a run that writes files."""
-    from accelerate.state import PartialState
-
-    return bool(PartialState().is_main_process)
+    return bool(_processes().is_main_process)
 
 
 def main_process_first() -> AbstractContextManager[None]:
     """A context that the main process goes through before the others: it fills a cache for them."""
-    from accelerate.state import PartialState
-
-    context: AbstractContextManager[None] = PartialState().main_process_first()
+    context: AbstractContextManager[None] = _processes().main_process_first()
     return context
 
 

@@ -29,6 +29,11 @@ class Data(Protocol):
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
+def device_of(data: Data) -> torch.device:
+    """The device that `data` makes its batches on."""
+    return next(data.test_batches(2))[0].device
+
+
 def evaluate(
     model: nn.Module,
     data: Data,
@@ -37,7 +42,7 @@ def evaluate(
     batch_size: int = 1000,
 ) -> dict[str, float]:
     """Mean loss, and Top-1 and Top-5 accuracy in percent, over all test images of `data`."""
-    model.to(next(data.test_batches(2))[0].device)
+    model.to(device_of(data))
     return means(sums_over_test(model, data, loss, batch_size))
 
 

@@ -39,7 +39,8 @@ def run(
     trained network, as .safetensors. `again` trains even so. The default folder is
     `records.default_folder()`.
     """
-    path = records.path_of(config.settings(), Path(folder or records.default_folder()))
+    folder = Path(folder or records.default_folder())
+    path = records.path_of(config.settings(), folder)
     if path.exists() and not again:
         return records.load(path)
     device = find_device(config.device)
@@ -50,8 +51,9 @@ def run(
     options = options_of(config, checkpoint=checkpoint, progress=progress)
     record = _train(config, model, data, options)
     if is_main_process():
-        _save_network(model, path.with_suffix(".safetensors"))
-        records.save(record, path.parent.parent)
+        network = path.with_suffix(".safetensors")
+        write_whole(network, lambda file: save_model(model, str(file)))
+        records.save(record, folder)
         checkpoint.unlink(missing_ok=True)
     return record
 
@@ -89,10 +91,6 @@ def _train(config: Config, model: nn.Module, data: Dataset, options: dict[str, A
     except NotFinite as error:
         return Record(settings, [], {**facts, "error": str(error)}, status="diverged")
     return Record(settings, rows, facts)
-
-
-def _save_network(model: nn.Module, path: Path) -> None:
-    write_whole(path, lambda file: save_model(model, str(file)))
 
 
 def provenance(data: Dataset) -> dict[str, Any]:

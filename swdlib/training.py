@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from swdlib import checkpoints
 from swdlib.devices import Precision, make_accelerator
-from swdlib.evaluation import Data, means, sums_over_test
+from swdlib.evaluation import Data, device_of, means, sums_over_test
 from swdlib.masks import Masks, NotFinite, apply_, find_groups, select, sparsity_of
 from swdlib.metrics import count_correct, parameters, weight_histogram
 from swdlib.recipes import Penalty, Phase, Prune, Train
@@ -109,7 +109,7 @@ class _Position:
 class _Loop:
     def __init__(self, model: nn.Module, data: Data, phases: Sequence[Phase], options: Options):
         self.model, self.data, self.phases, self.options = model, data, phases, options
-        self.device = next(data.test_batches(2))[0].device
+        self.device = device_of(data)
         self.accelerator = make_accelerator(self.device, options.precision)
         self.share = {
             "rank": self.accelerator.process_index,
@@ -200,7 +200,8 @@ class _Loop:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        apply_(self.model, self.masks)  # momentum and weight decay must not revive what was cut
+        if self.masks:  # momentum and weight decay must not revive what was cut
+            apply_(self.model, self.masks)
         self.at.batch += 1
         self.at.steps += 1
         self.bar.update()
