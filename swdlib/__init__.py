@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from swdlib import criteria, masks, plots, recipes, schedules, structures
+    from swdlib import criteria, deploy, masks, plots, recipes, schedules, structures
     from swdlib.config import Config
     from swdlib.data import load_data
     from swdlib.evaluation import evaluate
@@ -28,13 +28,14 @@ _HOMES = {
     "run": "experiments",
     "train": "training",
 }
-_MODULES = ("criteria", "masks", "plots", "recipes", "schedules", "structures")
+_MODULES = ("criteria", "deploy", "masks", "plots", "recipes", "schedules", "structures")
 
 __all__ = [
     "Config",
     "SelectiveWeightDecay",
     "build_model",
     "criteria",
+    "deploy",
     "evaluate",
     "load_data",
     "load_records",

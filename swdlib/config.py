@@ -3,9 +3,11 @@
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
+
+from torch import Tensor
 
 from swdlib.data import DATASETS
 from swdlib.devices import Precision
@@ -52,6 +54,8 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }
 
+COUNTS = ("width", "epochs", "finetune_epochs", "iterations", "batch_size", "accumulate", "every")
+
 LR_SCHEDULES: dict[str, Callable[[float], Schedule]] = {
     "steps": lambda lr: Steps(lr, 0.1, (1 / 3, 2 / 3)),  # as published
     "cosine": lambda lr: Cosine(lr, lr / 100),
@@ -64,15 +68,20 @@ def _setting(default: Any, meaning: str, *choices: str) -> Any:
 
 
 BY_PROFILE = None  # a field left at None takes its profile's value
+BY_RECIPE = None  # one left at None takes its recipe's default
+
+# Recipes take these, but a run without such a recipe uses them as well.
+ALWAYS_USED = ("weight_decay", "seed")
 
 
 @dataclass(frozen=True)
 class Config:
     """All that decides a run; what is not given comes from the profile.
 
-    Its fields are the notebooks' parameters and the command line's flags. A setting that the recipe
-    does not use is blanked, so that it cannot tell two equal runs apart. Raises ValueError that
-    names the field, its value and what is allowed.
+    Its fields are the notebooks' parameters and the command line's flags. What belongs to a recipe
+    alone has that recipe's default. A setting that the recipe does not use is blanked, so that it
+    cannot tell two equal runs apart. Raises ValueError that names the field, its value and what is
+    allowed.
     """
 
     profile: str = _setting("smoke", "scale of the run", *PROFILES)
@@ -85,16 +94,21 @@ class Config:
     sparsity: float = _setting(0.9, "fraction of weights removed, in [0, 1)")
     epochs: int = _setting(BY_PROFILE, "epochs in all, fine-tuning included")
     finetune_epochs: int = _setting(BY_PROFILE, "epochs of them that follow a cut")
-    iterations: int = _setting(1, "cuts")
+    iterations: int = _setting(BY_RECIPE, "cuts")
     batch_size: int = _setting(BY_PROFILE, "images in a step")
     lr: float = _setting(BY_PROFILE, "highest learning rate")
     lr_schedule: str = _setting(BY_PROFILE, "course of the learning rate", *LR_SCHEDULES)
     momentum: float = _setting(0.9, "momentum of SGD, in [0, 1)")
     nesterov: bool = _setting(BY_PROFILE, "Nesterov's momentum")
     weight_decay: float = _setting(5e-4, "weight decay mu, of all weights and of SWD")
-    a_min: float = _setting(0.1, "strength of SWD at the start")
-    a_max: float = _setting(1e5, "strength of SWD at the end")
-    update: str = _setting("gradient", "how SWD acts", *get_args(Update))
+    a: float = _setting(BY_RECIPE, "strength of SWD where it is constant")
+    a_min: float = _setting(BY_RECIPE, "strength of SWD at the start")
+    a_max: float = _setting(BY_RECIPE, "strength of SWD at the end")
+    update: str = _setting(BY_RECIPE, "how SWD acts", *get_args(Update))
+    ramp_begin: float = _setting(BY_RECIPE, "share of training when the sparsity starts to rise")
+    ramp_end: float = _setting(BY_RECIPE, "share of training when the sparsity is reached")
+    every: int = _setting(BY_RECIPE, "steps from one choice of masks to the next")
+    l1: float = _setting(BY_RECIPE, "L1 penalty on the scales of batch normalisation")
     seed: int = _setting(0, "seed of weights, batch order and augmentation")
     holdout: float = _setting(0.0, "fraction of training images measured instead of the test's")
     precision: str = _setting("fp32", "arithmetic", *get_args(Precision))
@@ -136,28 +150,37 @@ class Config:
         if name == "width" and self.model not in MODELS:
             return None  # torchvision's networks have none
         default = type(self).__dataclass_fields__[name].default
-        return PROFILES[self.profile].get(name, default)
+        return {name: default, **_defaults(self.recipe), **PROFILES[self.profile]}[name]
 
     def _check_ranges(self) -> None:
-        for name in ("epochs", "finetune_epochs", "iterations", "batch_size", "accumulate"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "a_min", "a_max"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        for name in ("sparsity", "momentum", "holdout"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("weight_decay", "seed"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _require("width", self.width, self.width is None or self.width >= 1, "at least 1")
-        _require("clip", self.clip, self.clip is None or self.clip > 0, "above 0")
-        _require("nesterov", True, not self.nesterov or self.momentum > 0, "false if momentum is 0")
+        self._require("at least 1", lambda v: v >= 1, *COUNTS)
+        self._require("above 0", lambda v: v > 0, "lr", "a", "a_min", "a_max", "clip")
+        self._require("in [0, 1)", lambda v: 0 <= v < 1, "sparsity", "momentum", "holdout")
+        self._require("in [0, 1]", lambda v: 0 <= v <= 1, "ramp_begin", "ramp_end")
+        self._require("0 or more", lambda v: v >= 0, "weight_decay", "l1", "seed")
+        self._require("false if momentum is 0", lambda v: not v or self.momentum > 0, "nesterov")
+
+    def _require(self, allowed: str, holds: Callable[[Any], bool], *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
     def _blank_unused(self) -> None:
-        used = inspect.signature(RECIPES[self.recipe]).parameters
-        of_recipes = {
-            name for recipe in RECIPES.values() for name in inspect.signature(recipe).parameters
-        }
-        for name in of_recipes - set(used) - {"weight_decay"}:  # which every optimizer uses
+        of_recipes = {name for recipe in RECIPES for name in _parameters(recipe)}
+        for name in of_recipes - set(_parameters(self.recipe)) - set(ALWAYS_USED):
             object.__setattr__(self, name, 0.0 if name == "sparsity" else None)
+
+
+def _parameters(recipe: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(RECIPES[recipe]).parameters
+
+
+def _defaults(recipe: str) -> dict[str, Any]:
+    if recipe not in RECIPES:  # as is found out when its field is checked
+        return {}
+    found = {name: parameter.default for name, parameter in _parameters(recipe).items()}
+    return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
 
 
 def type_of(kind: Any) -> Any:
@@ -181,15 +204,14 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+def phases_of(config: Config, example: Tensor | None = None) -> list[Phase]:
+    """The phases of the configuration's recipe, given the settings that its parameters name.
 
-
-def phases_of(config: Config) -> list[Phase]:
-    """The phases of the configuration's recipe, given the settings that its parameters name."""
+    `example` is an input of the network, which structures that reach through several layers need
+    once training starts.
+    """
     settings = config.settings()
     settings["lr"] = LR_SCHEDULES[config.lr_schedule](config.lr)
-    settings["structure"] = STRUCTURES.get(config.structure)
-    recipe = RECIPES[config.recipe]
-    return recipe(**{name: settings[name] for name in inspect.signature(recipe).parameters})
+    if config.structure is not None:
+        settings["structure"] = STRUCTURES[config.structure](example)
+    return RECIPES[config.recipe](**{name: settings[name] for name in _parameters(config.recipe)})

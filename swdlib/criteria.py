@@ -4,8 +4,12 @@ A criterion maps a parameter to a score of the same shape; the higher score is k
 one's own with that signature is a criterion.
 """
 
+import hashlib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Criterion = Callable[[Tensor], Tensor]
@@ -24,3 +28,48 @@ def saliency(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         raise ValueError("saliency needs gradients: call loss.backward() before it is used")
     return (parameter.detach() * parameter.grad).abs()
+
+
+def batch_norm_scale(parameter: Tensor) -> Tensor:
+    """The absolute value of each scale of a batch norm (Liu et al. 2017, arXiv 1708.06519).
+
+    For structures whose units have scales; ValueError for weights.
+    """
+    if parameter.ndim != 1:
+        raise ValueError(
+            "batch_norm_scale ranks units by their batch-norm scale, and a parameter of shape "
+            f"{tuple(parameter.shape)} holds none: use a structure whose units have scales"
+        )
+    return parameter.detach().abs()
+
+
+batch_norm_scale.role = "scale"  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Random:
+    """Scores drawn at random from the seed and the parameter's name: what no criterion gives.
+
+    They depend on nothing else, so that each cut goes on from the one before. They are drawn from
+    Cauchy's distribution: it is also that of the mean of such scores, so that units of all sizes
+    have equal chances.
+    """
+
+    seed: int = 0
+
+    def __call__(self, parameter: Tensor, name: str = "") -> Tensor:
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        uniform = torch.rand(parameter.shape, generator=generator)  # on the CPU: equal everywhere
+        return torch.tan(math.pi * (uniform - 0.5)).to(parameter.device)
+
+
+def score_of(criterion: Criterion, name: str, parameter: Tensor) -> Tensor:
+    """The criterion's scores of the parameter called `name`; ValueError unless of its shape."""
+    scores = criterion(parameter, name) if isinstance(criterion, Random) else criterion(parameter)
+    if scores.shape != parameter.shape:
+        raise ValueError(
+            f"a criterion must return one score a weight: {name} has shape "
+            f"{tuple(parameter.shape)}, its scores have {tuple(scores.shape)}"
+        )
+    return scores

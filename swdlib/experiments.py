@@ -87,7 +87,8 @@ def _train(config: Config, model: nn.Module, data: Dataset, options: dict[str, A
     settings = {**config.settings(), "data_root": None}  # a folder of this machine is no result
     facts = provenance(data)
     try:
-        rows = train(model, data, phases_of(config), **options)
+        example = next(data.test_batches(2))[0]
+        rows = train(model, data, phases_of(config, example), **options)
     except NotFinite as error:
         return Record(settings, [], {**facts, "error": str(error)}, status="diverged")
     return Record(settings, rows, facts)
@@ -121,7 +122,7 @@ def provenance(data: Dataset) -> dict[str, Any]:
 
 def code_digest() -> str:
     """Twelve hexadecimal digits that stand for the library's code that decides a result."""
-    undeciding = {"plots.py", "cli.py", "sweeps.py", "notebooks.py", "__init__.py"}
+    undeciding = {"plots.py", "interactive.py", "cli.py", "sweeps.py", "notebooks.py", "__init__.py"}
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.name not in undeciding:

@@ -4,20 +4,25 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
 from swdlib.criteria import Criterion, magnitude
-from swdlib.structures import Group, Structure
+from swdlib.allocations import Allocation, together
+from swdlib.structures import Coupled, Group, NofM, Structure, Tiles
 
 Masks = dict[str, Tensor]
 
 
 class NotFinite(ValueError):
     """A weight, score or loss is NaN or infinite: training has diverged."""
+
+
+class Unreachable(ValueError):
+    """A sparsity that a structure cannot reach without emptying a layer."""
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -44,26 +49,79 @@ def find_groups(model: nn.Module, structure: Structure) -> list[Group]:
     return groups
 
 
+def parameters_of(groups: Sequence[Group]) -> dict[str, nn.Parameter]:
+    """The parameters that the groups count, by name."""
+    return {name: parameter for group in groups for name, parameter in group.parameters.items()}
+
+
 def prunable(groups: Sequence[Group]) -> int:
-    """The number of weights that the groups hold."""
-    return sum(group.parameter.numel() for group in groups)
+    """The number of weights that the groups count."""
+    return sum(parameter.numel() for parameter in parameters_of(groups).values())
 
 
-def lowest_by_sort(scores: Sequence[Tensor], sizes: Sequence[int], count: int) -> list[Tensor]:
+def lowest_by_sort(
+    scores: Sequence[Tensor], sizes: Sequence[Tensor | int], count: int
+) -> list[Tensor]:
     """The lowest-scored units that together hold at least `count` weights, by a stable sort.
 
-    Every unit of `scores[i]` holds `sizes[i]` weights. Returns a bool tensor a group, True where a
+    Unit j of `scores[i]` holds `sizes[i][j]` weights. Returns a bool tensor a group, True where a
     unit is among the lowest. Of equal scores the first come first.
     """
     flat = torch.cat([s.to(scores[0].device) for s in scores])
-    units = torch.tensor([s.numel() for s in scores])
-    cost = torch.tensor(sizes).repeat_interleave(units).to(flat.device)
+    held = [torch.as_tensor(n).expand(len(s)) for s, n in zip(scores, sizes, strict=True)]
     order = flat.argsort(stable=True)
-    held = cost[order].cumsum(0)
-    taken = int(torch.searchsorted(held, count)) + 1 if count else 0
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    reached = torch.cat(held).to(flat.device)[order].cumsum(0)
+    taken = int(torch.searchsorted(reached, count)) + 1 if count else 0
+    return _first(order, taken, scores)
+
+
+def _first(order: Tensor, taken: int, scores: Sequence[Tensor]) -> list[Tensor]:
+    chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
     chosen[order[:taken]] = True
     return _split(chosen, scores)
+
+
+def lowest_coupled(groups: Sequence[Coupled], scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The fewest lowest-scored units without which the network is `count` parameters smaller.
+
+    A slice that two units share leaves once, so that their sizes do not add up: the number of units
+    is found by bisection.
+    """
+    flat = torch.cat([s.to(scores[0].device) for s in scores])
+    order = flat.argsort(stable=True)
+    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(s) for s in scores]))
+    owner = owner[order.cpu()]
+    remains = _counter(groups)
+    goal = remains(torch.zeros(len(groups), dtype=torch.long)) - count
+    fewest, most = 0, len(order)
+    while fewest < most:
+        middle = (fewest + most) // 2
+        if remains(owner[:middle].bincount(minlength=len(groups))) > goal:
+            fewest = middle + 1
+        else:
+            most = middle
+    return _first(order, fewest, scores)
+
+
+def _counter(groups: Sequence[Coupled]) -> Callable[[Tensor], int]:
+    """A function: number of units removed of each group -> parameters of the shrunk network."""
+    # (parameter, dim) -> the number of slices that a unit of each group owns
+    owned: dict[tuple[str, int], Tensor] = {}
+    for i, group in enumerate(groups):
+        for part in group.parts:
+            row = owned.setdefault((part.name, part.dim), torch.zeros(len(groups)).long())
+            row[i] += int((part.units == 0).sum())
+    network = groups[0].parameters
+    touched = {name for name, _ in owned}
+    rest = sum(p.numel() for name, p in network.items() if name not in touched)
+
+    def remains(removed: Tensor) -> int:
+        sizes = {name: list(network[name].shape) for name in touched}
+        for (name, dim), row in owned.items():
+            sizes[name][dim] -= int(row @ removed)
+        return rest + sum(math.prod(size) for size in sizes.values())
+
+    return remains
 
 
 def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -104,18 +162,70 @@ def _split(chosen: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.to(s.device) for part, s in zip(parts, like, strict=True)]
 
 
-def select_units(groups: Sequence[Group], sparsity: float, criterion: Criterion) -> list[Tensor]:
+def select_units(
+    groups: Sequence[Group],
+    sparsity: float,
+    criterion: Criterion,
+    allocation: Allocation = together,
+) -> list[Tensor]:
     """The units to remove, a bool tensor of shape (units,) a group, True where one goes.
 
-    `round(sparsity * weights)` weights go; where units hold several, the fewest that reach it.
-    NotFinite, a ValueError, if a score is NaN or infinite.
+    `round(sparsity * weights)` weights go; where units hold several, the fewest that reach it. No
+    layer of more than one unit is emptied while another has units to give. NotFinite, a ValueError,
+    if a score is NaN or infinite; Unreachable if the sparsity is not to be had.
     """
     scores = [group.scores(criterion) for group in groups]
     _require_finite(groups, scores)
     count = round(check_sparsity(sparsity) * prunable(groups))
-    if all(group.size == 1 for group in groups):
-        return lowest(scores, count)
-    return lowest_by_sort(scores, [group.size for group in groups], count)
+    ranks = allocation(groups, scores)
+    ranks = [group.protect(rank) for group, rank in zip(groups, ranks, strict=True)]
+    chosen = _remove(groups, ranks, count)
+    emptied = [
+        len(c) > 1 and bool(c.all()) and bool(s.max() > 0)
+        for c, s in zip(chosen, scores, strict=True)
+    ]
+    if any(emptied):  # rare: its best unit stays, and of every layer, so that none is next
+        ranks = [_keep_best(r, s) for r, s in zip(ranks, scores, strict=True)]
+        chosen = _remove(groups, ranks, count)
+    if any(emptied) or any(isinstance(group, NofM | Coupled) for group in groups):
+        _require_reached(groups, ranks, chosen, sparsity)
+    return chosen
+
+
+def _remove(groups: Sequence[Group], ranks: Sequence[Tensor], count: int) -> list[Tensor]:
+    coupled = [group for group in groups if isinstance(group, Coupled)]
+    if coupled:
+        return lowest_coupled(coupled, ranks, count)
+    if all(type(group) is not Tiles and group.size == 1 for group in groups):
+        return lowest(ranks, count)
+    return lowest_by_sort(ranks, [group.sizes() for group in groups], count)
+
+
+def _keep_best(ranks: Tensor, scores: Tensor) -> Tensor:
+    if len(ranks) < 2 or not bool(scores.max() > 0):
+        return ranks
+    return ranks.index_fill(0, ranks.argmax().unsqueeze(0), math.inf)
+
+
+def _require_reached(
+    groups: Sequence[Group], ranks: Sequence[Tensor], chosen: Sequence[Tensor], sparsity: float
+) -> None:
+    """Unreachable if a unit was taken that has to stay."""
+    names = [
+        group.name
+        for group, rank, units in zip(groups, ranks, chosen, strict=True)
+        if units.any() and rank[units].isinf().any()
+    ]
+    if not names:
+        return
+    free = [~rank.isinf() for rank in ranks]
+    removed = removed_weights(groups, free)
+    most = sum(int(gone.sum()) for gone in removed.values()) / prunable(groups)
+    raise Unreachable(
+        f"sparsity {sparsity:g} would empty {', '.join(names[:3])}"
+        f"{' and others' if len(names) > 3 else ''}: this structure can remove at most "
+        f"{math.floor(1e6 * most) / 1e6:g} of the weights here"
+    )
 
 
 def _require_finite(groups: Sequence[Group], scores: Sequence[Tensor]) -> None:
@@ -130,10 +240,26 @@ def _require_finite(groups: Sequence[Group], scores: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def select(groups: Sequence[Group], sparsity: float, criterion: Criterion = magnitude) -> Masks:
+def select(
+    groups: Sequence[Group],
+    sparsity: float,
+    criterion: Criterion = magnitude,
+    allocation: Allocation = together,
+) -> Masks:
     """Masks that keep the highest scores over all groups and remove the fraction `sparsity`."""
-    chosen = select_units(groups, sparsity, criterion)
-    return {group.name: group.spread(~units) for group, units in zip(groups, chosen, strict=True)}
+    chosen = select_units(groups, sparsity, criterion, allocation)
+    return {name: ~gone for name, gone in removed_weights(groups, chosen).items()}
+
+
+def removed_weights(groups: Sequence[Group], chosen: Sequence[Tensor]) -> Masks:
+    """The weights that leave with the units `chosen`: True where one goes, of all that is counted."""
+    gone: Masks = {}
+    for group, units in zip(groups, chosen, strict=True):
+        for name, slices in group.removed(units).items():
+            gone[name] = gone[name] | slices if name in gone else slices
+    counted = parameters_of(groups)
+    nothing = {n: torch.zeros(1, dtype=torch.bool, device=p.device) for n, p in counted.items()}
+    return {n: gone.get(n, nothing[n]).expand(p.shape) for n, p in counted.items()}
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from swdlib import joins
+from swdlib.allocations import Allocation, together
 from swdlib.criteria import Criterion, magnitude
 from swdlib.masks import (
     Masks,
@@ -14,9 +16,12 @@ from swdlib.masks import (
     check_mask,
     check_sparsity,
     find_groups,
+    parameters_of,
+    removed_weights,
     select,
     select_units,
 )
+from swdlib.movement import Movement
 from swdlib.schedules import Exponential, Schedule, as_schedule
 from swdlib.structures import Structure, weights
 
@@ -41,6 +46,7 @@ class SelectiveWeightDecay:
         strength: a number or a schedule of a; the published one is Exponential(0.1, 1e5).
         structure: what is pruned together.
         criterion: what is pruned first: the lowest scores.
+        allocation: how scores of different layers compare; by default as they are.
         update: "gradient" adds a*mu*w* to the gradients before the step, as published; "proximal"
             divides w* by 1 + lr*a*mu after the step, which no strength can make diverge.
 
@@ -58,11 +64,14 @@ class SelectiveWeightDecay:
         strength: float | Schedule = PUBLISHED,
         structure: Structure = weights,
         criterion: Criterion = magnitude,
+        allocation: Allocation = together,
         update: Update = "gradient",
     ) -> None:
         self.model = model
         self.groups = find_groups(model, structure)
+        self.parameters = parameters_of(self.groups)
         self.criterion = criterion
+        self.allocation = allocation
         self._sparsity = as_schedule(sparsity, check_sparsity)
         self._strength = as_schedule(strength, _check_strength)
         self.steps = steps
@@ -70,7 +79,9 @@ class SelectiveWeightDecay:
         self.update = update
         self.step = 0
         self.masks: Masks = {}
+        self._movement = Movement()
         self._owned: set[int] = set()
+        self._begun = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._check()
 
@@ -108,8 +119,8 @@ class SelectiveWeightDecay:
         Slow and obvious: for reading, and for testing the fast path against. A loop that adds it to
         its loss calls `advance()` after each step instead of `attach(optimizer)`.
         """
-        masks = select(self.groups, self.sparsity, self.criterion)
-        squares = [(g.parameter * ~masks[g.name]).square().sum() for g in self.groups]
+        masks = self._select(self.sparsity)
+        squares = [(p * ~masks[name]).square().sum() for name, p in self.parameters.items()]
         device = squares[0].device
         norm = torch.stack([square.to(device) for square in squares]).sum()
         return 0.5 * self.strength * self.weight_decay * norm
@@ -121,20 +132,24 @@ class SelectiveWeightDecay:
     def attach(self, optimizer: Optimizer) -> None:
         """Join an optimizer: from now on each of its steps applies the penalty.
 
-        It acts after gradients are accumulated, unscaled and clipped. ValueError if the optimizer
-        has none of the prunable parameters or the penalty is attached already.
+        It acts once a step, after gradients are accumulated, unscaled and clipped; a step that a
+        GradScaler skips does not count. A weight that another optimizer steps is left alone.
+
+        Raises TypeError for what is no optimizer, and for one that evaluates the loss several times
+        a step (LBFGS), takes sparse gradients only or has sharded parameters; ValueError if it has
+        none of the prunable parameters, if the penalty is attached already and, at the first step,
+        if a fused optimizer is left to unscale its gradients itself.
         """
-        # accelerate wraps the optimizer; hooks belong on the one that takes the steps.
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
+        optimizer = joins.stepping(optimizer)
         if self._hooks:
             raise ValueError("the penalty is attached already; call detach() first")
-        self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(group.parameter) in self._owned for group in self.groups):
+        joins.require_joinable(optimizer, self.update)
+        self._owned = {id(parameter) for parameter in joins.parameters_of(optimizer)}
+        if not any(id(parameter) in self._owned for parameter in self.parameters.values()):
             raise ValueError(
-                f"the {type(optimizer).__name__} has none of the {len(self.groups)} prunable "
-                f"parameters of {type(self.model).__name__}; build it from model.parameters()"
+                f"the {type(optimizer).__name__} has none of the {len(self.parameters)} prunable "
+                f"parameters of {type(self.model).__name__}; build it from model.parameters() "
+                "(FSDP and DeepSpeed put others in their place: use DistributedDataParallel)"
             )
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -148,17 +163,12 @@ class SelectiveWeightDecay:
         self._hooks = []
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._add_gradients()
+        self._begun = True
+        self._owned = {id(parameter) for parameter in joins.parameters_of(optimizer)}  # it may grow
+        if self.masks or self.update != "gradient":
             return None
-
-        def closure_with_penalty() -> Any:  # Lightning's way: the backward pass runs inside step()
-            loss = closure()
-            self._add_gradients()
-            return loss
-
-        return args[:1], {**kwargs, "closure": closure_with_penalty}
+        joins.require_unscaled(optimizer)
+        return joins.after_backward(args, kwargs, self._add_gradients)
 
     @torch.no_grad()
     def _add_gradients(self) -> None:
@@ -174,6 +184,10 @@ class SelectiveWeightDecay:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        joins.require_once(self._begun, optimizer)
+        self._begun = False
+        if joins.skips(optimizer):
+            return
         if self.masks:  # momentum and decay must not revive what was pruned
             apply_(self.model, self.masks)
         elif self.update == "proximal":
@@ -188,43 +202,55 @@ class SelectiveWeightDecay:
             parameter.copy_(torch.where(chosen, parameter / factor, parameter))
 
     def _selected(self) -> list[tuple[nn.Parameter, Tensor]]:
-        units = select_units(self.groups, self.sparsity, self.criterion)
-        pairs = [
-            (g.parameter, g.spread(chosen)) for g, chosen in zip(self.groups, units, strict=True)
-        ]
+        gone = removed_weights(self.groups, self._units())
+        pairs = [(p, gone[name]) for name, p in self.parameters.items()]
         return [(p, c) for p, c in pairs if p.requires_grad and id(p) in self._owned]
+
+    def _units(self) -> list[Tensor]:
+        return select_units(self.groups, self.sparsity, self.criterion, self.allocation)
+
+    def _select(self, sparsity: float) -> Masks:
+        return select(self.groups, sparsity, self.criterion, self.allocation)
 
     def prune(self) -> Masks:
         """Set w* to zero at the final sparsity and return the masks, True where a weight stays.
 
         Weights stay zero through later steps of an attached optimizer; the penalty then rests.
         """
-        self.masks = select(self.groups, self._sparsity(1.0), self.criterion)
+        self.masks = self._select(self._sparsity(1.0))
         apply_(self.model, self.masks)
         return self.masks
 
     def report(self) -> dict[str, float]:
-        """What a record keeps of the penalty at this step."""
-        return {"strength": self.strength, "target": self.sparsity}
+        """What a record keeps of the penalty now: strength, target and what moved in and out of w*.
+
+        See `Movement.report`; movement counts from the report before.
+        """
+        moved = self._movement.report(self.groups, self._units())
+        return {"strength": self.strength, "target": self.sparsity, **moved}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the step, and the masks once pruned."""
-        return {"step": self.step, "masks": dict(self.masks)}
+        """What a resumed run needs: the step, the masks once pruned, the units last reported."""
+        return {"step": self.step, "masks": dict(self.masks), "reported": self._movement.units}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; ValueError if it does not fit this penalty or model."""
-        if set(state) != {"step", "masks"}:
-            raise ValueError(f"a penalty's state has keys 'step' and 'masks', not {sorted(state)}")
-        step, masks = state["step"], state["masks"]
-        parameters = {group.name: group.parameter for group in self.groups}
+        if set(state) != {"step", "masks", "reported"}:
+            raise ValueError(
+                f"a penalty's state has keys 'step', 'masks' and 'reported', not {sorted(state)}"
+            )
+        step, masks, reported = state["step"], state["masks"], state["reported"]
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"a penalty's step must be a whole number of 0 or more, not {step!r}")
-        if masks and set(masks) != set(parameters):
-            raise ValueError(f"masks must be of {sorted(parameters)}, not of {sorted(masks)}")
+        if masks and set(masks) != set(self.parameters):
+            raise ValueError(f"masks must be of {sorted(self.parameters)}, not of {sorted(masks)}")
         for name, mask in masks.items():
-            check_mask(name, mask, parameters)
+            check_mask(name, mask, self.parameters)
+        if reported and [len(u) for u in reported] != [group.units for group in self.groups]:
+            raise ValueError("the units last reported are not those of this penalty's structure")
         self.step = step
-        self.masks = {n: m.to(parameters[n].device, copy=True) for n, m in masks.items()}
+        self.masks = {n: m.to(self.parameters[n].device, copy=True) for n, m in masks.items()}
+        self._movement.units = list(reported)
 
 
 def _check_strength(strength: float) -> float:

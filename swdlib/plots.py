@@ -89,6 +89,62 @@ def sparsity_cliff(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return _legend(ax)
 
 
+def curves(frame: pd.DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
+    """A line for each column of `frame` over its index, whose name is the axis label."""
+    ax = _axes(ax, str(frame.index.name), ylabel)
+    for i, (label, values) in enumerate(frame.items()):
+        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
+        ax.plot(frame.index, values, marker=MARKERS[i % len(MARKERS)], ms=4, label=label, **look)
+    return _legend(ax)
+
+
+def paths(
+    loss: Callable[[Any, Any], Any], points: Mapping[str, Any], ax: Axes | None = None
+) -> Axes:
+    """Paths over the contours of a loss of two weights: label -> points of shape (n, 2).
+
+    `loss(x, y)` works on arrays. A cross marks the start of each path and a dot its end; at
+    contour k the loss is (k / 5)^2 above the least that is in sight.
+    """
+    ax = _axes(ax, "weight $w_1$", "weight $w_2$")
+    every = np.concatenate([np.zeros((1, 2)), *(np.asarray(path) for path in points.values())])
+    low, high = every.min() - 0.3, every.max() + 0.3
+    x, y = np.meshgrid(*[np.linspace(low, high, 301)] * 2)
+    height = loss(x, y)
+    levels = height.min() + (np.arange(1, 15) / 5) ** 2
+    ax.grid(visible=False)
+    ax.contour(x, y, height, levels, colors=INK, linewidths=0.7, alpha=0.6)
+    for line in (ax.axhline, ax.axvline):
+        line(0, color=INK, lw=1.2)
+    for i, (label, path) in enumerate(points.items()):
+        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)], "lw": 2}
+        places = np.asarray(path)
+        ax.plot(*places.T, marker="o", markevery=[-1], label=label, **look)
+        ax.plot(*places[0], "x", color=INK, mew=2, ms=8)
+    ax.set_aspect("equal")
+    return _legend(ax)
+
+
+def heat_map(table: pd.DataFrame, label: str, ax: Axes | None = None) -> Axes:
+    """The values of a table as colours and numbers; its index and columns name the axes.
+
+    `label` is that of the colours. Where a value is missing, the run diverged: a cross.
+    """
+    ax = _axes(ax, str(table.columns.name), str(table.index.name))
+    look = {"annot": True, "fmt": ".0f", "cmap": "cividis", "cbar_kws": {"label": label}}
+    ax.grid(visible=False)
+    sns.heatmap(table, ax=ax, **look)
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", rotation=0)
+    for row, column in zip(*np.isnan(table.to_numpy(dtype=float)).nonzero(), strict=True):
+        ax.text(column + 0.5, row + 0.5, "×", color=INK, ha="center", va="center", size="large")
+    bar = ax.collections[0].colorbar
+    assert bar is not None
+    bar.ax.yaxis.label.set_color(INK)
+    bar.ax.tick_params(colors=INK)
+    return ax
+
+
 def name_of(row: "pd.Series[Any]") -> str:
     """The name of a row's run: its recipe, target sparsity in percent and number of cuts."""
     name = str(row["recipe"])

@@ -1,8 +1,8 @@
 """Recipes: published methods as data, side by side.
 
 A recipe returns a list of phases. Its parameters bear the names of `Config`'s fields, which is how
-an experiment knows what to pass. `epochs` is the whole budget, fine-tuning included, so that
-methods given the same number have cost the same.
+an experiment knows what to pass, and its defaults are those of `Config`. `epochs` is the whole
+budget, fine-tuning included, so that methods given the same number have cost the same.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from torch import nn
 from torch.optim import Optimizer
 
-from swdlib.criteria import Criterion, magnitude
-from swdlib.masks import check_sparsity
+from swdlib.baselines import BatchNormL1, GradualPruning
+from swdlib.criteria import Criterion, Random, batch_norm_scale, magnitude
+from swdlib.masks import Masks, check_sparsity
 from swdlib.penalties import SelectiveWeightDecay, Update
-from swdlib.schedules import Constant, Exponential, Schedule
+from swdlib.schedules import Constant, Cubic, Exponential, Schedule
 from swdlib.structures import Structure
 
 
 class Penalty(Protocol):
-    """What a training phase can attach to its optimizer."""
+    """What a training phase can attach to its optimizer; `masks` are what it holds at zero now."""
+
+    masks: Masks
 
     def attach(self, optimizer: Optimizer) -> None: ...
     def detach(self) -> None: ...
@@ -71,21 +75,91 @@ def swd(
     lr: Schedule,
     sparsity: float,
     structure: Structure,
-    weight_decay: float,
-    a_min: float,
-    a_max: float,
-    update: Update,
+    weight_decay: float = 5e-4,
+    a_min: float = 0.1,
+    a_max: float = 1e5,
+    update: Update = "gradient",
 ) -> list[Phase]:
-    """Selective weight decay, then a cut that changes nothing (Tessier et al. 2022)."""
-    penalty = partial(
-        SelectiveWeightDecay,
-        sparsity=sparsity,
-        structure=structure,
-        weight_decay=weight_decay,
-        strength=Exponential(a_min, a_max),
-        update=update,
-    )
+    """Selective weight decay, then a cut that changes nothing (Tessier et al. 2022).
+
+    Source: arXiv 2011.10520.
+    """
+    strength = Exponential(a_min, a_max)
+    penalty = _swd_penalty(sparsity, structure, weight_decay, strength, update)
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def swd_constant(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    weight_decay: float = 5e-4,
+    a: float = 100.0,
+    update: Update = "gradient",
+) -> list[Phase]:
+    """SWD whose strength stays at `a`, to see what its growth is good for.
+
+    The default is the strength that the published growth has half-way.
+    """
+    penalty = _swd_penalty(sparsity, structure, weight_decay, Constant(a), update)
+    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def swd_rising(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    weight_decay: float = 5e-4,
+    a_min: float = 10.0,
+    a_max: float = 5e4,
+    ramp_begin: float = 0.1,
+    ramp_end: float = 0.7,
+    update: Update = "gradient",
+) -> list[Phase]:
+    """SWD whose target rises as in `zhu2017` while its strength grows: this book's own variant."""
+    target = _rising(sparsity, ramp_begin, ramp_end)
+    penalty = _swd_penalty(target, structure, weight_decay, Exponential(a_min, a_max), update)
+    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def swd_finetune(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    finetune_epochs: int,
+    weight_decay: float = 5e-4,
+    a_min: float = 0.1,
+    a_max: float = 1e5,
+    update: Update = "gradient",
+) -> list[Phase]:
+    """SWD, a cut, then fine-tuning at the last learning rate, which SWD should not need."""
+    _check_finetuning(epochs, finetune_epochs)
+    before = epochs - finetune_epochs
+    train, cut = swd(before, lr, sparsity, structure, weight_decay, a_min, a_max, update)
+    return [train, cut, Train(finetune_epochs, Constant(lr(1.0)))]
+
+
+def one_shot(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> list[Phase]:
+    """Train, then cut by magnitude, and nothing after: what a cut does to a network."""
+    return [Train(epochs, lr), Prune(sparsity, structure)]
+
+
+def random_pruning(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    finetune_epochs: int,
+    iterations: int = 1,
+    seed: int = 0,
+) -> list[Phase]:
+    """`han2015` that cuts at random: the control, which every criterion has to beat."""
+    tune = Constant(lr(1.0))
+    budget = (epochs, finetune_epochs, iterations)
+    return _cut_and_tune(*budget, lr, tune, sparsity, structure, Random(seed))
 
 
 def han2015(
@@ -94,7 +168,7 @@ def han2015(
     sparsity: float,
     structure: Structure,
     finetune_epochs: int,
-    iterations: int,
+    iterations: int = 1,
 ) -> list[Phase]:
     """Train, then `iterations` times: cut by magnitude, fine-tune at the last learning rate.
 
@@ -102,6 +176,116 @@ def han2015(
     `epochs`, `finetune_epochs` are for fine-tuning, divided evenly (Han et al. 2015,
     arXiv 1506.02626).
     """
+    tune = Constant(lr(1.0))
+    budget = (epochs, finetune_epochs, iterations)
+    return _cut_and_tune(*budget, lr, tune, sparsity, structure)
+
+
+def renda2020(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    finetune_epochs: int,
+    iterations: int = 1,
+) -> list[Phase]:
+    """`han2015` with learning-rate rewinding: after each cut the whole course of `lr` is replayed.
+
+    Source: Renda et al. 2020, arXiv 2003.02389. They retrain for as long as they trained, after
+    every cut; here the course is replayed over the cut's share of `finetune_epochs`.
+    """
+    budget = (epochs, finetune_epochs, iterations)
+    return _cut_and_tune(*budget, lr, lr, sparsity, structure)
+
+
+def zhu2017(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    ramp_begin: float = 0.2,
+    ramp_end: float = 0.7,
+    every: int = 100,
+) -> list[Phase]:
+    """Gradual pruning: the sparsity rises while the network trains (Zhu & Gupta 2017).
+
+    It follows a cubic from 0 to `sparsity` between the shares `ramp_begin` and `ramp_end` of
+    training, with masks chosen anew every `every` steps (arXiv 1710.01878, equation 1). The cut at
+    the end changes nothing.
+    """
+    target = _rising(sparsity, ramp_begin, ramp_end)
+    penalty = partial(GradualPruning, sparsity=target, structure=structure, every=every)
+    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def liu2017(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    finetune_epochs: int,
+    l1: float = 1e-4,
+) -> list[Phase]:
+    """Network slimming: L1 on batch-norm scales, a cut by them, fine-tuning (Liu et al. 2017).
+
+    Source: arXiv 1708.06519, which fine-tunes with the learning rates of the training; so their
+    course is replayed. `l1` is published as 1e-4 for VGG-19 and 1e-5 for ResNet-164. `structure`
+    must be one whose units have scales.
+    """
+    _check_finetuning(epochs, finetune_epochs)
+
+    def penalty(model: nn.Module, *, steps: int) -> BatchNormL1:
+        return BatchNormL1(model, l1=l1, structure=structure)
+
+    return [
+        Train(epochs - finetune_epochs, lr, penalty),
+        Prune(sparsity, structure, batch_norm_scale),
+        Train(finetune_epochs, lr),
+    ]
+
+
+def soft(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> list[Phase]:
+    """Soft pruning: after every epoch the lowest are set to zero, but may return; then a cut.
+
+    Source: He et al. 2018, arXiv 1808.06866.
+    """
+
+    def penalty(model: nn.Module, *, steps: int) -> GradualPruning:
+        once = steps // epochs
+        return GradualPruning(
+            model, sparsity=sparsity, steps=steps, every=once, structure=structure, soft=True
+        )
+
+    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def _swd_penalty(
+    sparsity: float | Schedule,
+    structure: Structure,
+    weight_decay: float,
+    strength: Schedule,
+    update: Update,
+) -> Callable[..., Penalty]:
+    return partial(
+        SelectiveWeightDecay,
+        sparsity=sparsity,
+        structure=structure,
+        weight_decay=weight_decay,
+        strength=strength,
+        update=update,
+    )
+
+
+def _cut_and_tune(
+    epochs: int,
+    finetune_epochs: int,
+    iterations: int,
+    lr: Schedule,
+    tune: Schedule,
+    sparsity: float,
+    structure: Structure,
+    criterion: Criterion = magnitude,
+) -> list[Phase]:
     check_sparsity(sparsity)
     _check_finetuning(epochs, finetune_epochs, iterations)
     phases: list[Phase] = [Train(epochs - finetune_epochs, lr)]
@@ -109,11 +293,20 @@ def han2015(
         last = i == iterations - 1
         target = sparsity if last else 1 - (1 - sparsity) ** ((i + 1) / iterations)
         share = finetune_epochs * (i + 1) // iterations - finetune_epochs * i // iterations
-        phases += [Prune(target, structure), Train(share, Constant(lr(1.0)))]
+        phases += [Prune(target, structure, criterion), Train(share, tune)]
     return phases
 
 
-def _check_finetuning(epochs: int, finetune_epochs: int, iterations: int) -> None:
+def _rising(sparsity: float, ramp_begin: float, ramp_end: float) -> Cubic:
+    if not 0 <= ramp_begin < ramp_end <= 1:
+        raise ValueError(
+            "ramp_begin and ramp_end are shares of training with 0 <= ramp_begin < ramp_end <= 1, "
+            f"not {ramp_begin!r} and {ramp_end!r}"
+        )
+    return Cubic(0.0, check_sparsity(sparsity), ramp_begin, ramp_end)
+
+
+def _check_finetuning(epochs: int, finetune_epochs: int, iterations: int = 1) -> None:
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, not {iterations!r}")
     if not iterations <= finetune_epochs < epochs:
@@ -123,4 +316,10 @@ def _check_finetuning(epochs: int, finetune_epochs: int, iterations: int) -> Non
         )
 
 
-RECIPES: dict[str, Recipe] = {"dense": dense, "swd": swd, "han2015": han2015}
+RECIPES: dict[str, Recipe] = {
+    recipe.__name__: recipe
+    for recipe in (
+        *(dense, swd, swd_constant, swd_rising, swd_finetune),
+        *(one_shot, random_pruning, han2015, renda2020, zhu2017, liu2017, soft),
+    )
+}

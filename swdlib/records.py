@@ -53,8 +53,12 @@ class Record:
 
 
 def address(config: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits that stand for the configuration."""
-    addressed = {k: v for k, v in config.items() if k not in NOT_ADDRESSED}
+    """Sixteen hexadecimal digits that stand for the configuration.
+
+    A setting that is None does not count: the address stays as it was when settings are added that
+    a run does not use.
+    """
+    addressed = {k: v for k, v in config.items() if k not in NOT_ADDRESSED and v is not None}
     text = json.dumps(addressed, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,16 +1,21 @@
 """Structures: what lives or dies together.
 
 A structure maps a model to a list of groups of units. That one list decides what is ranked,
-penalised, masked and counted, so that these four can never disagree.
+penalised, masked and counted, so that these four can never disagree. One that needs settings or an
+example input is a function that returns a structure.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
-from swdlib.criteria import Criterion
+from swdlib.criteria import Criterion, score_of
+from swdlib.graph import Part, find_attentions, trace_units
 
 
 @dataclass(frozen=True)
@@ -25,24 +30,158 @@ class Group:
     size: int = 1
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are counted, by name."""
+        return {self.name: self.parameter}
+
+    @property
     def units(self) -> int:
         """The number of units."""
         return self.parameter.numel() // self.size
 
+    def sizes(self) -> Tensor:
+        """The number of weights of each unit, shape (units,)."""
+        return torch.full((self.units,), self.size)
+
     def scores(self, criterion: Criterion) -> Tensor:
         """One score a unit, shape (units,): the mean over its weights."""
-        scores = criterion(self.parameter)
-        if scores.shape != self.parameter.shape:
-            raise ValueError(
-                f"a criterion must return one score a weight: {self.name} has shape "
-                f"{tuple(self.parameter.shape)}, its scores have {tuple(scores.shape)}"
-            )
+        scores = score_of(criterion, self.name, self.parameter)
         return scores.flatten() if self.size == 1 else scores.reshape(self.units, -1).mean(1)
 
-    def spread(self, units: Tensor) -> Tensor:
-        """A value a unit, shape (units,), given to each of its weights: the parameter's shape."""
+    def protect(self, scores: Tensor) -> Tensor:
+        """The scores, infinite for units that must stay."""
+        return scores
+
+    def removed(self, units: Tensor) -> dict[str, Tensor]:
+        """Which weights leave with the `units`, a bool tensor (units,): name -> parameter's shape."""
         rows = units.unsqueeze(1).expand(self.units, self.size)
-        return rows.reshape(self.parameter.shape)
+        return {self.name: rows.reshape(self.parameter.shape)}
+
+
+@dataclass(frozen=True)
+class Tiles(Group):
+    """Units that are tiles of `height` x `width` of the parameter seen as a matrix.
+
+    The matrix has a row an output and the rest of the parameter as columns; a tile at its edge may
+    be smaller.
+    """
+
+    height: int = 1
+    width: int = 1
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        rows, columns = self.parameter.shape[0], self.parameter[0].numel()
+        return math.ceil(rows / self.height), math.ceil(columns / self.width)
+
+    @property
+    def units(self) -> int:
+        """The number of tiles."""
+        return math.prod(self._grid)
+
+    def sizes(self) -> Tensor:
+        """The number of weights of each tile, shape (units,)."""
+        rows = torch.arange(self.parameter.shape[0]) // self.height
+        columns = torch.arange(self.parameter[0].numel()) // self.width
+        return torch.outer(rows.bincount(), columns.bincount()).flatten()
+
+    def scores(self, criterion: Criterion) -> Tensor:
+        """One score a tile, shape (units,): the mean over its weights."""
+        scores = score_of(criterion, self.name, self.parameter)
+        matrix = scores.reshape(1, len(scores), -1).float()
+        # A tile at the edge is divided by the weights that it has.
+        return avg_pool2d(matrix, (self.height, self.width), ceil_mode=True).flatten()
+
+    def removed(self, units: Tensor) -> dict[str, Tensor]:
+        """Which weights leave with the tiles `units`: name -> bool tensor of parameter's shape."""
+        grid = units.reshape(self._grid)
+        tall = grid.repeat_interleave(self.height, 0)[: self.parameter.shape[0]]
+        wide = tall.repeat_interleave(self.width, 1)[:, : self.parameter[0].numel()]
+        return {self.name: wide.reshape(self.parameter.shape)}
+
+
+@dataclass(frozen=True)
+class NofM(Group):
+    """Single weights, of which the best `n` of each `m` in a row along the inputs must stay."""
+
+    n: int = 2
+    m: int = 4
+
+    def protect(self, scores: Tensor) -> Tensor:
+        """The scores, infinite for the best `n` of each `m`; of equal ones the last stay."""
+        of_inputs = scores.reshape(self.parameter.shape).movedim(1, -1)
+        rows = of_inputs.reshape(-1, self.m)
+        best = rows.argsort(dim=1, stable=True)[:, self.m - self.n :]
+        safe = rows.scatter(1, best, math.inf).reshape(of_inputs.shape)
+        return safe.movedim(-1, 1).flatten()
+
+
+@dataclass(frozen=True)
+class Coupled(Group):
+    """Units that reach through several parameters: a filter, its batch norm, whoever reads its map.
+
+    `parameter` is the first of them. `network` holds all parameters of the model: with units like
+    these, sparsity is the fraction of them that the shrunk network does not have.
+    """
+
+    parts: tuple[Part, ...] = ()
+    network: tuple[tuple[str, nn.Parameter], ...] = ()
+    count: int = 0
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the model, by name."""
+        return dict(self.network)
+
+    @property
+    def units(self) -> int:
+        """The number of units."""
+        return self.count
+
+    def sizes(self) -> Tensor:
+        """The number of weights of each unit when no other is removed, shape (units,)."""
+        total = torch.zeros(self.count, dtype=torch.long)
+        for part in self.parts:
+            slices = part.parameter.numel() // len(part.units)
+            inside = part.units[part.units >= 0]
+            total += slices * inside.bincount(minlength=self.count)
+        return total
+
+    def scores(self, criterion: Criterion) -> Tensor:
+        """One score a unit, shape (units,): the mean over what the criterion looks at."""
+        role = getattr(criterion, "role", "weight")
+        parts = [part for part in self.parts if part.role == role]
+        if not parts:
+            raise ValueError(
+                f"{self.name} has no {role} that the criterion could rank; "
+                "use another criterion, such as magnitude"
+            )
+        device = self.parameter.device
+        sums, weights = torch.zeros(2, self.count, device=device)
+        for part in parts:
+            scores = score_of(criterion, part.name, part.parameter).movedim(part.dim, 0)
+            of_slices = scores.flatten(1).float() if scores.ndim > 1 else scores.unsqueeze(1).float()
+            inside = (part.units >= 0).to(device)
+            units = part.units.to(device)[inside]
+            sums.index_add_(0, units, of_slices.sum(1)[inside])
+            held = torch.full((len(units),), float(of_slices.shape[1]), device=device)
+            weights.index_add_(0, units, held)
+        return sums / weights
+
+    def protect(self, scores: Tensor) -> Tensor:
+        """The scores, infinite where a layer has only one unit."""
+        return scores if self.count > 1 else torch.full_like(scores, math.inf)
+
+    def removed(self, units: Tensor) -> dict[str, Tensor]:
+        """Which weights leave with the `units`: name -> bool tensor that broadcasts to its shape."""
+        gone: dict[str, Tensor] = {}
+        extended = torch.cat([units, units.new_zeros(1)])  # -1, of no unit, finds False
+        for part in self.parts:
+            shape = [1] * part.parameter.ndim
+            shape[part.dim] = -1
+            slices = extended[part.units.to(units.device)].reshape(shape)
+            gone[part.name] = gone[part.name] | slices if part.name in gone else slices
+        return gone
 
 
 Structure = Callable[[nn.Module], list[Group]]
@@ -71,4 +210,78 @@ def kernels(model: nn.Module) -> list[Group]:
     ]
 
 
-STRUCTURES: dict[str, Structure] = {"weights": weights, "kernels": kernels}
+def blocks(height: int, width: int) -> Structure:
+    """Blocks of `height` outputs x `width` weights of those outputs; smaller at a matrix's edge."""
+    for name, value in (("height", height), ("width", width)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+    def blocks(model: nn.Module) -> list[Group]:
+        found = [(n, p) for n, p in _prunable(model) if p.numel()]
+        return [Tiles(n, p, height=height, width=width) for n, p in found]
+
+    return blocks
+
+
+def n_of_m(n: int, m: int) -> Structure:
+    """Single weights, at least `n` of each `m` in a row of inputs kept: 2 of 4 is what GPUs speed up.
+
+    Sparsity can reach 1 - n / m and no more. Parameters whose number of inputs `m` does not divide
+    are left alone. Source: Mishra et al. 2021, arXiv 2104.08378.
+    """
+    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n < m):
+        raise ValueError(f"n and m must be whole numbers with 1 <= n < m, not n={n!r}, m={m!r}")
+
+    def n_of_m(model: nn.Module) -> list[Group]:
+        return [NofM(k, p, n=n, m=m) for k, p in _prunable(model) if not p.shape[1] % m]
+
+    return n_of_m
+
+
+def filters(example: Tensor) -> Structure:
+    """Filters of convolutions, each with all that falls with it.
+
+    A filter takes its bias and batch norm along, the weights that read its map, and the filters
+    that residual additions, depthwise or grouped convolutions tie it to. `example` is an input of
+    the model, a batch of any size; the couplings are found by running it.
+    """
+    return _coupled(example, "filters", ("filter",))
+
+
+def channels(example: Tensor) -> Structure:
+    """Channels of linear layers inside the network and heads of attention layers.
+
+    What a layer normalisation averages over stays: it could not leave without a trace.
+    """
+    return _coupled(example, "channels", ("channel", "head"))
+
+
+def filters_and_channels(example: Tensor) -> Structure:
+    """The filters of convolutions, the channels of linear layers and the heads of attention."""
+    return _coupled(example, "filters_and_channels", ("filter", "channel", "head"))
+
+
+def _coupled(example: Tensor, name: str, kinds: Sequence[str]) -> Structure:
+    def structure(model: nn.Module) -> list[Group]:
+        network = tuple(model.named_parameters())
+        found = [*trace_units(model, example), *find_attentions(model)]
+        return [
+            Coupled(f.name, f.parts[0].parameter, parts=f.parts, network=network, count=f.count)
+            for f in found
+            if f.kind in kinds and all(part.parameter.requires_grad for part in f.parts)
+        ]
+
+    structure.__name__ = name
+    return structure
+
+
+# Name -> structure, given an example input, for what is chosen in a shell or a notebook.
+STRUCTURES: dict[str, Callable[[Any], Structure]] = {
+    "weights": lambda example: weights,
+    "kernels": lambda example: kernels,
+    "filters": filters,
+    "channels": channels,
+    "filters_and_channels": filters_and_channels,
+    "blocks": lambda example: blocks(4, 4),
+    "2_of_4": lambda example: n_of_m(2, 4),
+}

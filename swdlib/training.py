@@ -246,6 +246,7 @@ class _Loop:
 
     def _add_row(self, kind: str, measured: Row) -> None:
         sums = sums_over_test(self.network, self.data, self.options.loss, 1000, **self.share)
+        masks = self.masks | (self.penalty.masks if self.penalty else {})
         row = {
             "kind": kind,
             "phase": self.at.phase,
@@ -254,8 +255,8 @@ class _Loop:
             **(self.penalty.report() if self.penalty else {}),
             **measured,
             **means(self.accelerator.reduce(sums)),
-            "sparsity": sparsity_of(self.masks),
-            "parameters": parameters(self.model, self.masks),
+            "sparsity": sparsity_of(masks),
+            "parameters": parameters(self.model, masks),
             "weights": weight_histogram(p for p in self.model.parameters() if p.ndim >= 2),
         }
         self.rows.append(row)

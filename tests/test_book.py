@@ -1,5 +1,6 @@
 """The book: its notebooks as they are stored, the pipeline, and every page in a real browser."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,13 +9,19 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from papermill.exceptions import PapermillExecutionError
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 from playwright.sync_api import Error as BrowserError
 from sphinx_external_toc.parsing import parse_toc_yaml
+from torch import nn
 
 from book import build
+from swdlib import SelectiveWeightDecay
+from swdlib.criteria import magnitude
+from swdlib.schedules import Exponential
 from tests.conftest import unavailable
 
 NOTEBOOKS = build.notebook_names(build.BOOK)
@@ -340,3 +347,181 @@ def test_page_turns_dark(html: Path, page: Page, name: str) -> None:
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(int(part) for part in re.findall(r"\d+", colour)[:3]) < 64, colour
     assert visit.faults == []
+
+
+# The live model and the slider
+
+WIDGETS = build.BOOK / "_ext"
+PROBLEM: dict[str, Any] = {
+    "hessian": [[1.0, 0.8], [0.8, 1.2]],
+    "trained": [1.0, 1.5],
+    "start": [1.3, 0.3],
+    "steps": 400,
+    "weightDecay": 5e-4,
+}
+DEFAULTS = {"aMin": 0.1, "aMax": 1e5, "rate": 0.02, "target": "smaller", "update": "gradient"}
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"update": "proximal"},
+    {"target": "none"},
+    {"target": "first", "aMin": 30.0},
+    {"target": "second", "update": "proximal", "rate": 0.3},
+    {"aMin": 1e3, "aMax": 1e3, "rate": 0.05},
+    {"aMin": 3e3, "aMax": 1.0},
+    {"aMax": 3e6, "update": "proximal"},
+]
+
+
+def path_by_library(problem: dict[str, Any], settings: dict[str, Any]) -> list[list[float]]:
+    """Return the weights before the first and after each step of swdlib's SWD with torch's SGD."""
+    model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    model.load_state_dict({"weight": torch.tensor([problem["start"]], dtype=torch.float64)})
+    fixed = {"first": [[0.0, 1.0]], "second": [[1.0, 0.0]]}.get(settings["target"])
+    swd = SelectiveWeightDecay(
+        model,
+        sparsity=0.0 if settings["target"] == "none" else 0.5,
+        steps=problem["steps"],
+        weight_decay=problem["weightDecay"],
+        strength=Exponential(settings["aMin"], settings["aMax"]),
+        criterion=(lambda parameter: torch.tensor(fixed)) if fixed else magnitude,
+        update=settings["update"],
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings["rate"])
+    swd.attach(optimizer)
+    hessian, trained = (
+        torch.tensor(problem[name], dtype=torch.float64) for name in ("hessian", "trained")
+    )
+    points = [model.weight[0].tolist()]
+    for _ in range(problem["steps"]):
+        optimizer.zero_grad()
+        away = model.weight[0] - trained
+        (away @ hessian @ away / 2).backward()
+        optimizer.step()
+        points.append(model.weight[0].tolist())
+    return points
+
+
+@pytest.fixture(scope="module")
+def script(browser: Browser) -> Iterator[Page]:
+    """Return an empty page with the live model's numbers, but none of its pictures."""
+    tab = browser.new_page()
+    tab.add_script_tag(path=WIDGETS / "swd-model.js")
+    yield tab
+    tab.close()
+
+
+@pytest.mark.parametrize("changed", SETTINGS)
+def test_live_model_takes_the_steps_of_the_library(script: Page, changed: dict[str, Any]) -> None:
+    settings = DEFAULTS | changed
+    found = script.evaluate("([p, s]) => swdModel.path(p, s)", [PROBLEM, settings])
+    assert len(found) == PROBLEM["steps"] + 1
+    np.testing.assert_allclose(found, path_by_library(PROBLEM, settings), rtol=1e-9, atol=1e-9)
+
+
+def test_live_model_diverges_where_the_library_does(script: Page) -> None:
+    # Past the bound rounding errors grow as the weights do, so that only what is before is alike.
+    settings = DEFAULTS | {"rate": 0.2}
+    problem = PROBLEM | {"steps": 1000}
+    found = script.evaluate("([p, s]) => swdModel.run(p, s)", [problem, settings])
+    expected = np.array(path_by_library(problem, settings))
+    assert found["diverged"] == (np.abs(expected) >= 1e3).any(axis=1).argmax() > 0
+    assert found["product"] == pytest.approx(10)
+    stable = 880  # from here on rate * a * mu is above 2
+    np.testing.assert_allclose(found["points"][:stable], expected[:stable], rtol=1e-9, atol=1e-9)
+
+
+def test_live_model_selects_the_first_of_two_equal_weights(script: Page) -> None:
+    problem = PROBLEM | {"start": [0.5, -0.5], "trained": [0.5, -0.5], "steps": 3}
+    settings = DEFAULTS | {"aMin": 1e4}
+    found = script.evaluate("([p, s]) => swdModel.path(p, s)", [problem, settings])
+    np.testing.assert_allclose(found, path_by_library(problem, settings), rtol=1e-9, atol=1e-9)
+    assert found[1] == [0.45, -0.5]
+
+
+def test_live_model_knows_the_end_of_the_path(script: Page) -> None:
+    hessian, trained = (np.array(PROBLEM[name]) for name in ("hessian", "trained"))
+    for i in range(2):
+        least = script.evaluate("([p, i]) => swdModel.constrained(p, i)", [PROBLEM, i])
+        penalty = 1e12 * np.diag(np.arange(2) == i)
+        limit = np.linalg.solve(hessian + penalty, hessian @ trained)
+        np.testing.assert_allclose(least, limit, atol=1e-9)
+        loss = script.evaluate("([p, w]) => swdModel.lossOf(p, w)", [PROBLEM, least])
+        away = limit - trained
+        np.testing.assert_allclose(loss, away @ hessian @ away / 2, atol=1e-9)
+
+
+LIVE, SLIDER = "lagrangian-smoothing", "schedules"
+
+
+@pytest.mark.slow
+def test_live_model_is_driven_with_the_keyboard(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / f"{LIVE}.html").as_uri())
+    model, status = page.locator(".swd-model"), page.locator(".swd-model [role=status]")
+    first = status.inner_text()
+    problem = json.loads(model.get_attribute("data-problem") or "")
+    end = path_by_library(problem, DEFAULTS)[-1]
+    assert f"End: w = ({end[0]:.3f}, {end[1]:.3f})" in first
+
+    rate = page.get_by_label("learning rate")
+    rate.press("End")
+    assert rate.get_attribute("aria-valuetext") == "0.7"
+    assert status.inner_text().startswith("Diverged at step")
+    page.get_by_label("update rule").select_option("proximal")
+    assert "it has no bound" in status.inner_text()
+    page.get_by_label("strength at the start").press("ArrowRight")
+    assert page.get_by_label("strength at the start").get_attribute("aria-valuetext") == "0.3"
+    picture = model.get_by_role("img")
+    assert status.inner_text() in (picture.get_attribute("aria-label") or "")
+    model.get_by_role("button", name="Reset").press("Enter")
+    page.wait_for_function(
+        "words => document.querySelector('.swd-model p').textContent === words", arg=first
+    )
+    assert visit.faults == []
+    assert page.evaluate(OVERFLOW) <= 0
+
+
+@pytest.mark.slow
+def test_every_setting_of_the_live_model_is_drawn(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / f"{LIVE}.html").as_uri())
+    for target in ("smaller", "first", "second", "none"):
+        page.get_by_label("target").select_option(target)
+        for key in ("Home", "End"):
+            page.get_by_label("strength at the end").press(key)
+            drawn = page.locator(".swd-model polyline").get_attribute("points") or ""
+            numbers = [float(part) for part in re.split("[ ,]", drawn)]
+            assert len(numbers) > 100 and np.isfinite(numbers).all()
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+@pages
+def test_scripts_of_a_page_load_nowhere_else(html: Path, page: Page, name: str) -> None:
+    Visit(page, (html / f"{name}.html").as_uri())
+    loaded = page.locator("script[src*=widgets], link[href*=widgets]").count()
+    assert loaded == (3 if name == LIVE else 0)
+
+
+@pytest.mark.slow
+def test_slider_shows_one_frame_at_a_time(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / f"{SLIDER}.html").as_uri())
+    frames, slider = page.locator(".swd-frames img"), page.locator(".swd-frames input")
+    last = frames.count() - 1
+    assert last > 3
+    for key, number in (("ArrowRight", 1), ("End", last), ("ArrowLeft", last - 1), ("Home", 0)):
+        slider.press(key)
+        shown = [i for i in range(last + 1) if frames.nth(i).is_visible()]
+        assert shown == [number]
+        label = frames.nth(number).get_attribute("data-label")
+        assert slider.get_attribute("aria-valuetext") == label
+        assert page.locator(".swd-frames output").inner_text() == label
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+@pages
+def test_page_is_light_enough_for_a_phone(html: Path, page: Page, name: str) -> None:
+    path = html / f"{name}.html"
+    Visit(page, path.as_uri())
+    sources = page.evaluate("[...new Set([...document.images].map(image => image.src))]")
+    files = [Path(unquote(urlsplit(s).path)) for s in sources if s.startswith("file:")]
+    assert sum(file.stat().st_size for file in (path, *files)) < 2_000_000

@@ -1,6 +1,7 @@
 """Configurations: defaults, checks and addresses."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,8 @@ def test_every_profile_runs_every_recipe(profile: str, recipe: str, structure: s
     [
         ({"profile": "desktop"}, "profile must be one of smoke, laptop, paper, not 'desktop'"),
         ({"dataset": "mnist"}, "dataset must be one of digits, cifar10, not 'mnist'"),
-        ({"recipe": "magic"}, "recipe must be one of dense, swd, han2015, not 'magic'"),
-        ({"structure": "rows"}, "structure must be one of weights, kernels, not 'rows'"),
+        ({"recipe": "magic"}, "recipe must be one of dense, swd, .*, soft, not 'magic'"),
+        ({"structure": "rows"}, "structure must be one of weights, kernels, .*not 'rows'"),
         ({"update": "newton"}, "update must be one of gradient, proximal, not 'newton'"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, not 'fp8'"),
         ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), not 1.0"),
@@ -87,6 +88,11 @@ def test_every_profile_runs_every_recipe(profile: str, recipe: str, structure: s
         ({"nesterov": True, "momentum": 0.0}, "nesterov must be false if momentum is 0"),
         ({"lr": 0.0}, "lr must be above 0, not 0.0"),
         ({"a_min": 0.0}, "a_min must be above 0, not 0.0"),
+        ({"a": -1.0, "recipe": "swd_constant"}, "a must be above 0, not -1.0"),
+        ({"every": 0, "recipe": "zhu2017"}, "every must be at least 1, not 0"),
+        ({"l1": -1e-4, "recipe": "liu2017"}, "l1 must be 0 or more, not -0.0001"),
+        ({"ramp_end": 1.5, "recipe": "zhu2017"}, r"ramp_end must be in \[0, 1\], not 1.5"),
+        ({"ramp_end": 0.1, "recipe": "zhu2017"}, "ramp_begin < ramp_end <= 1, not 0.2 and 0.1"),
         ({"weight_decay": -1e-4}, "weight_decay must be 0 or more, not -0.0001"),
         ({"holdout": 1.0}, r"holdout must be in \[0, 1\), not 1.0"),
         ({"width": 0}, "width must be at least 1, not 0"),
@@ -111,6 +117,35 @@ def test_settings_that_a_recipe_does_not_use_do_not_tell_runs_apart() -> None:
     assert address(recipe="han2015", a_max=10.0) == address(recipe="han2015")
     assert address(recipe="swd", a_max=10.0) != address(recipe="swd")
     assert address(recipe="dense", weight_decay=0.0) != address(recipe="dense")
+    assert address(recipe="dense", seed=1) != address(recipe="dense")
+
+
+def test_what_is_not_given_comes_from_the_recipe() -> None:
+    names = ("a", "a_min", "a_max", "update", "ramp_begin", "ramp_end", "every", "l1")
+
+    def defaults(recipe: str) -> dict[str, Any]:
+        config = Config(recipe=recipe)
+        return {n: getattr(config, n) for n in names if getattr(config, n) is not None}
+
+    assert defaults("dense") == defaults("soft") == {}
+    assert defaults("swd") == {"a_min": 0.1, "a_max": 1e5, "update": "gradient"}
+    assert defaults("swd_constant") == {"a": 100.0, "update": "gradient"}
+    rising = {"a_min": 10.0, "a_max": 5e4, "ramp_begin": 0.1, "ramp_end": 0.7, "update": "gradient"}
+    assert defaults("swd_rising") == rising
+    assert defaults("zhu2017") == {"ramp_begin": 0.2, "ramp_end": 0.7, "every": 100}
+    assert defaults("liu2017") == {"l1": 1e-4}
+    assert Config(recipe="swd_rising", a_min=1.0).a_min == 1.0
+    assert Config(recipe="han2015").iterations == 1
+    assert Config(recipe="dense").iterations is None
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_setting_of_a_recipe_is_a_field(recipe: str) -> None:
+    fields = {field.name for field in dataclasses.fields(Config)}
+    config = Config(recipe=recipe)
+    for name in inspect.signature(RECIPES[recipe]).parameters:
+        assert name in fields
+        assert getattr(config, name) is not None
 
 
 def test_torchvision_networks_have_no_width() -> None:

@@ -128,6 +128,18 @@ def test_by_hand_and_by_library_agree_with_other_parameters(tmp_path: Path) -> N
     assert "The losses of all 46 steps are the same" in printed(found)
 
 
+@pytest.mark.slow
+def test_theory_holds_with_other_parameters(tmp_path: Path) -> None:
+    found = rerun("lagrangian-smoothing", tmp_path, seed=3, epochs=3, sparsity=0.3, a_max=1e4)
+    assert "Loss at the end of the path: 0.233" in printed(found)
+
+
+@pytest.mark.slow
+def test_schedules_run_with_other_parameters(tmp_path: Path) -> None:
+    found = rerun("schedules", tmp_path, seed=5, epochs=2, width=8, sparsity=0.8, a_max=1e3)
+    assert "287 held-out images; 3 seeds" in printed(found)
+
+
 def solutions(name: str) -> list[str]:
     """Return the Python code of a notebook's folded solutions."""
     notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
@@ -160,6 +172,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("swd-on-cifar10", {"sparsty": 0.5}, "no parameter sparsty"),
     ("swd-from-scratch", {"a_min": -1.0}, r"a_min must be above 0, not -1\.0"),
     ("what-is-pruning", {"epoch": 3}, "no parameter epoch"),
+    ("lagrangian-smoothing", {"sparsity": -0.1}, r"sparsity must be in \[0, 1\), not -0\.1"),
+    ("schedules", {"width": 0}, "width must be at least 1, not 0"),
 ]
 
 

@@ -10,7 +10,7 @@ import torchvision
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torchvision.models import get_model, list_models
 
 from swdlib.masks import NotFinite
@@ -257,30 +257,6 @@ def test_closure_gets_the_penalty(by_keyword: bool) -> None:
     train_by_autograd(slow, SGD(slow.parameters(), lr=0.1, momentum=0.9))
     assert_same(fast, slow)
     assert swd.step == 12
-
-
-def test_every_evaluation_of_a_closure_gets_the_penalty() -> None:
-    def lbfgs(
-        model: nn.Module, penalty: Callable[[], Tensor | float]
-    ) -> tuple[Optimizer, Callable[[], Any]]:
-        optimizer = LBFGS(model.parameters(), max_iter=5)
-        images, labels = batches(1)[0]
-
-        def closure() -> Any:
-            optimizer.zero_grad()
-            loss = cross_entropy(model(images), labels) + penalty()
-            loss.backward()
-            return loss
-
-        return optimizer, closure
-
-    fast, slow = mlp(), mlp()
-    optimizer, closure = lbfgs(fast, lambda: 0.0)
-    attached(fast, optimizer, strength=100.0)
-    optimizer.step(closure)
-    optimizer, closure = lbfgs(slow, penalty_of(slow, strength=100.0).penalty)
-    optimizer.step(closure)
-    assert_same(fast, slow, rtol=1e-7, atol=1e-9)
 
 
 def test_wrapped_optimizer_of_accelerate() -> None:

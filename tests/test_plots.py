@@ -116,6 +116,57 @@ def test_cliff_has_a_line_for_each_allocation() -> None:
     assert legend(ax) == ["global", "per layer"]
 
 
+CURVES = pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, np.nan]}, index=pd.Index([0, 1], name="epoch"))
+GRID = pd.DataFrame(
+    [[90.0, np.nan], [50.0, 70.0]],
+    index=pd.Index(["0.1", "10"], name="a_min"),
+    columns=pd.Index(["100", "1000"], name="a_max"),
+)
+
+
+def bowl(x: Any, y: Any) -> Any:
+    """Return a loss of two weights."""
+    return x**2 + 2 * y**2
+
+
+def test_curves_have_a_line_a_column_over_the_index() -> None:
+    ax = plots.curves(CURVES, "loss")
+    assert [points(line)[0] for line in ax.lines] == [(0, 1), (0, 3)]
+    assert legend(ax) == ["a", "b"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "loss")
+
+
+def test_paths_go_from_a_cross_to_a_dot_on_equal_axes() -> None:
+    ax = plots.paths(bowl, {"cut": [(1, 1), (0, 1)], "path": [(1, 1), (0.5, 1.2), (0, 2)]})
+    drawn = [points(line) for line in ax.lines if line.get_label() in ("cut", "path")]
+    assert drawn == [[(1, 1), (0, 1)], [(1, 1), (0.5, 1.2), (0, 2)]]
+    assert [points(line) for line in ax.lines if line.get_marker() == "x"] == [[(1, 1)], [(1, 1)]]
+    assert ax.get_aspect() == 1
+    low, high = ax.get_xlim()
+    assert low < 0 and high > 2  # both axes, where weights are zero, are in sight
+    assert ax.get_ylim() == (low, high)
+
+
+def test_map_writes_each_value_and_a_cross_where_there_is_none() -> None:
+    ax = plots.heat_map(GRID, "accuracy (%)")
+    assert [text.get_text() for text in ax.texts] == ["90", "50", "70", "×"]
+    assert ax.texts[-1].get_position() == (1.5, 0.5)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("a_max", "a_min")
+    bottom, top = ax.get_ylim()
+    assert bottom < top  # the first row is the lowest
+
+
+def test_map_can_be_read_on_a_light_and_on_a_dark_page() -> None:
+    ax = plots.heat_map(GRID, "accuracy (%)")
+    ax.figure.canvas.draw()
+    bar = ax.collections[0].colorbar
+    assert bar is not None
+    texts = [ax.xaxis.label, *ax.get_xticklabels(), bar.ax.yaxis.label, *bar.ax.get_yticklabels()]
+    for text in [*texts, ax.texts[-1]]:
+        assert contrast(text.get_color(), 1.0) > 3.9
+        assert contrast(text.get_color(), 0.01) > 3.9
+
+
 DRAWN = [
     lambda ax: plots.accuracy_over_epochs(ROWS, ax),
     lambda ax: plots.accuracy_against_kept(ROWS, ax),
@@ -124,6 +175,8 @@ DRAWN = [
     lambda ax: plots.sparsity_cliff(
         pd.DataFrame({"allocation": ["global"], "sparsity": [0.5], "top1": [9.0]}), ax
     ),
+    lambda ax: plots.curves(CURVES, "loss", ax),
+    lambda ax: plots.paths(bowl, {"cut": [(1, 1), (0, 1)]}, ax),
 ]
 
 

@@ -28,10 +28,15 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 LAYERS: dict[str, set[str]] = {
     "schedules": set(),
     "criteria": set(),
-    "structures": {"criteria"},
-    "masks": {"structures"},
-    "penalties": {"masks", "schedules"},
-    "recipes": {"penalties"},
+    "graph": set(),
+    "structures": {"criteria", "graph"},
+    "allocations": {"structures"},
+    "masks": {"allocations"},
+    "joins": set(),
+    "movement": {"masks"},
+    "penalties": {"joins", "movement", "schedules"},
+    "baselines": {"joins", "masks", "schedules"},
+    "recipes": {"baselines", "penalties"},
     "files": set(),
     "images": set(),
     "cifar10": {"files", "images"},
@@ -39,14 +44,19 @@ LAYERS: dict[str, set[str]] = {
     "models": set(),
     "records": {"files"},
     "metrics": {"masks", "records"},
+    "sparse_files": {"files", "masks"},
+    "sparse_kernels": {"masks"},
+    "onnx_files": {"files", "metrics"},
+    "shrinking": {"graph", "masks"},
+    "deploy": {"onnx_files", "shrinking", "sparse_files", "sparse_kernels"},
     "checkpoints": {"files"},
     "devices": set(),
     "evaluation": {"metrics"},
     "training": {"checkpoints", "devices", "recipes", "evaluation"},
     "config": {"data", "devices", "models", "recipes"},
     "experiments": {"config", "training", "records"},
-    "deploy": {"masks"},
     "plots": {"records"},
+    "interactive": {"plots"},
     "sweeps": {"experiments"},
     "cli": {"sweeps", "plots"},
     "notebooks": set(),
@@ -115,8 +125,14 @@ def test_environment_takes_its_packages_from_pyproject() -> None:
 def test_no_package_is_listed_twice() -> None:
     table = project()["project"]
     lists = [table["dependencies"], *table["optional-dependencies"].values()]
-    names = [re.split(r"[<>=;\[ ]", line)[0] for listed in lists for line in listed]
+    lines = [line for listed in lists for line in listed if line != "swdlib[deploy]"]
+    names = [re.split(r"[<>=;\[ ]", line)[0] for line in lines]
     assert len(names) == len(set(names))
+
+
+def test_extras_that_test_and_build_the_book_take_deploy_along() -> None:
+    extras = project()["project"]["optional-dependencies"]
+    assert all("swdlib[deploy]" in extras[name] for name in ("book", "test"))
 
 
 def test_every_public_name_is_there() -> None:

@@ -1,5 +1,12 @@
+"""Recipes: by hand, their budgets, and each of them on digits, stopped and resumed."""
+
+import dataclasses
 import inspect
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +16,37 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
+from swdlib.baselines import BatchNormL1, GradualPruning
+from swdlib.criteria import Random, batch_norm_scale
+from swdlib.data import load_data
+from swdlib.images import Dataset, Split
 from swdlib.masks import find_groups, prunable, select, sparsity_of
+from swdlib.models import build_model
 from swdlib.penalties import SelectiveWeightDecay
-from swdlib.recipes import RECIPES, Phase, Prune, Recipe, Train, dense, han2015, swd
+from swdlib.recipes import (
+    RECIPES,
+    Penalty,
+    Phase,
+    Prune,
+    Recipe,
+    Train,
+    dense,
+    han2015,
+    liu2017,
+    one_shot,
+    random_pruning,
+    renda2020,
+    soft,
+    swd,
+    swd_constant,
+    swd_finetune,
+    swd_rising,
+    zhu2017,
+)
 from swdlib.schedules import Constant, Cosine, Exponential
-from swdlib.structures import STRUCTURES, Structure, kernels, weights
+from swdlib.structures import STRUCTURES, filters, kernels, weights
+from swdlib.training import train
+from tests.test_training import assert_resumes
 
 LR = Cosine(0.1, 0.001)
 SETTINGS: dict[str, Any] = {
@@ -21,18 +54,19 @@ SETTINGS: dict[str, Any] = {
     "lr": LR,
     "sparsity": 0.9,
     "structure": weights,
-    "weight_decay": 5e-4,
-    "a_min": 0.1,
-    "a_max": 1e5,
-    "update": "gradient",
     "finetune_epochs": 4,
     "iterations": 3,
 }
 
 
+QUIET: dict[str, Any] = {"batch_size": 64, "progress": False}
+
+
 def phases_of(recipe: Recipe, **settings: Any) -> list[Phase]:
+    """The recipe's phases; its own defaults hold for what neither SETTINGS nor `settings` give."""
     settings = {**SETTINGS, **settings}
-    return recipe(**{name: settings[name] for name in inspect.signature(recipe).parameters})
+    wanted = inspect.signature(recipe).parameters
+    return recipe(**{name: value for name, value in settings.items() if name in wanted})
 
 
 def epochs_of(phases: list[Phase]) -> int:
@@ -100,12 +134,135 @@ def test_han2015_spends_the_budget_and_reaches_the_target(
         assert after / before == pytest.approx((1 - sparsity) ** (1 / iterations), rel=1e-9)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
-def test_contract_of_recipes(recipe: Recipe, structure: Structure) -> None:
+def penalty_of(phase: Phase, model: nn.Module, steps: int = 30) -> Any:
+    assert isinstance(phase, Train) and phase.penalty
+    return phase.penalty(model, steps=steps)
+
+
+def test_renda2020_replays_the_learning_rates_after_every_cut() -> None:
+    assert renda2020(12, LR, 0.75, kernels, 6, 2) == [
+        Train(6, LR),
+        Prune(0.5, kernels),
+        Train(3, LR),
+        Prune(0.75, kernels),
+        Train(3, LR),
+    ]
+
+
+def test_random_pruning_is_han2015_at_random() -> None:
+    expected = [
+        dataclasses.replace(phase, criterion=Random(7)) if isinstance(phase, Prune) else phase
+        for phase in phases_of(han2015)
+    ]
+    assert phases_of(random_pruning, seed=7) == expected
+    assert phases_of(random_pruning, seed=8) != expected
+
+
+def test_one_shot_ends_with_the_cut() -> None:
+    assert one_shot(5, LR, 0.9, kernels) == [Train(5, LR), Prune(0.9, kernels)]
+
+
+def test_swd_with_a_constant_strength() -> None:
+    train, prune = phases_of(swd_constant, a=3.0)
+    penalty = penalty_of(train, nn.Linear(4, 5))
+    assert {penalty.strength} == {3.0}
+    penalty.step = 29
+    assert (penalty.strength, penalty.sparsity) == (3.0, 0.9)
+    assert prune == Prune(0.9, weights)
+    penalty = penalty_of(phases_of(swd_constant)[0], nn.Linear(4, 5))
+    assert penalty.strength == Exponential(0.1, 1e5)(0.5)  # half-way of the published growth
+
+
+def test_swd_whose_target_rises() -> None:
+    train, prune = phases_of(swd_rising, a_min=1.0, a_max=100.0, ramp_begin=0.1, ramp_end=0.7)
+    penalty = penalty_of(train, nn.Linear(4, 5))
+    targets, strengths = [], []
+    for penalty.step in (0, 3, 12, 21, 30):
+        targets.append(penalty.sparsity)
+        strengths.append(penalty.strength)
+    assert targets == pytest.approx([0, 0, 0.9 * (1 - 0.5**3), 0.9, 0.9])
+    assert strengths == pytest.approx([100**t for t in (0, 0.1, 0.4, 0.7, 1)])
+    assert prune == Prune(0.9, weights)
+
+
+def test_swd_then_fine_tuning_at_the_last_rate() -> None:
+    train, prune, tune = phases_of(swd_finetune, finetune_epochs=3)
+    assert isinstance(train, Train)
+    assert (train.epochs, train.lr) == (7, LR)
+    assert isinstance(penalty_of(train, nn.Linear(4, 5)), SelectiveWeightDecay)
+    assert [prune, tune] == [Prune(0.9, weights), Train(3, Constant(0.001))]
+
+
+def test_zhu2017_by_hand() -> None:
+    train, prune = phases_of(zhu2017, structure=kernels, sparsity=0.8, every=7)
+    assert isinstance(train, Train) and train.epochs == 10
+    penalty = penalty_of(train, nn.Conv2d(1, 2, 3))
+    assert isinstance(penalty, GradualPruning) and not penalty.soft
+    assert (penalty.every, penalty.steps, penalty.groups[0].size) == (7, 30, 9)
+    found = []
+    for penalty.step in (0, 6, 12, 21, 30):
+        found.append(penalty.sparsity)
+    assert found == pytest.approx([0, 0, 0.8 * (1 - 0.6**3), 0.8, 0.8])
+    assert prune == Prune(0.8, kernels)
+
+
+def test_liu2017_by_hand() -> None:
+    structure = filters(torch.zeros(1, 1, 8, 8))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
+    train, prune, tune = phases_of(liu2017, structure=structure)
+    penalty = penalty_of(train, model)
+    assert isinstance(train, Train) and train.epochs == 6
+    assert isinstance(penalty, BatchNormL1) and penalty.l1 == 1e-4
+    assert prune == Prune(0.9, structure, batch_norm_scale)
+    assert tune == Train(4, LR)
+
+
+def test_soft_pruning_cuts_once_an_epoch() -> None:
+    train, prune = phases_of(soft)
+    penalty = penalty_of(train, nn.Linear(4, 5), steps=10 * 13)
+    assert isinstance(penalty, GradualPruning) and penalty.soft
+    assert (penalty.every, penalty.sparsity) == (13, 0.9)
+    assert prune == Prune(0.9, weights)
+
+
+@pytest.mark.parametrize("recipe", [swd_rising, zhu2017])
+@pytest.mark.parametrize(("begin", "end"), [(0.7, 0.2), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.1)])
+def test_a_ramp_that_does_not_rise_is_refused(recipe: Recipe, begin: float, end: float) -> None:
+    with pytest.raises(
+        ValueError, match=rf"0 <= ramp_begin < ramp_end <= 1, not {begin} and {end}"
+    ):
+        phases_of(recipe, ramp_begin=begin, ramp_end=end)
+
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
+def toy() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Flatten(), nn.Linear(6, 4))
-    phases = phases_of(recipe, structure=structure)
+    conv = (nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    head = (nn.ReLU(), nn.Flatten(), nn.Linear(128, 16), nn.ReLU(), nn.Linear(16, 4))
+    return nn.Sequential(*conv, *head)
+
+
+def has_scales(structure: str) -> bool:
+    """Whether the structure's units have batch-norm scales that can be ranked."""
+    try:
+        for group in find_groups(toy(), STRUCTURES[structure](EXAMPLE)):
+            group.scores(batch_norm_scale)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_contract_of_recipes(recipe: str, structure: str) -> None:
+    model = toy()
+    phases = phases_of(RECIPES[recipe], structure=STRUCTURES[structure](EXAMPLE), sparsity=0.5)
+    if recipe == "liu2017" and not has_scales(structure):
+        with pytest.raises(ValueError, match="scale"):
+            penalty_of(phases[0], model)
+        return
     assert isinstance(phases[0], Train)
     assert epochs_of(phases) == SETTINGS["epochs"]
     for phase in phases:
@@ -114,13 +271,69 @@ def test_contract_of_recipes(recipe: Recipe, structure: Structure) -> None:
             removed = sparsity_of(select(groups, phase.sparsity, phase.criterion))
             assert removed * prunable(groups) + 0.5 >= phase.sparsity * prunable(groups)
         elif phase.penalty:
-            penalty = phase.penalty(model, steps=5)
-            penalty.attach(SGD(model.parameters(), lr=phase.lr(0.0)))
-            penalty.load_state_dict(penalty.state_dict())
-            assert penalty.report()
-            penalty.detach()
+            check_protocol(phase.penalty(model, steps=50), SGD(model.parameters(), lr=0.1))
     assert cuts_of(phases) == sorted(cuts_of(phases))
-    assert recipe is dense or cuts_of(phases)[-1] == SETTINGS["sparsity"]
+    assert recipe == "dense" or cuts_of(phases)[-1] == 0.5
+
+
+def check_protocol(penalty: Penalty, optimizer: SGD) -> None:
+    penalty.attach(optimizer)
+    penalty.load_state_dict(penalty.state_dict())
+    assert penalty.report()
+    assert penalty.masks == {}
+    penalty.detach()
+
+
+@pytest.mark.parametrize("structure", ["weights", "kernels"])
+def test_slimming_without_scales_is_refused(structure: str) -> None:
+    train = phases_of(liu2017, structure=STRUCTURES[structure](EXAMPLE))[0]
+    with pytest.raises(ValueError, match="use a structure whose units have scales"):
+        penalty_of(train, toy())
+
+
+@lru_cache
+def digits() -> Dataset:
+    """A few hundred of the digits: five steps of a batch an epoch."""
+    data = load_data("digits")
+    return dataclasses.replace(data, train=Split(data.train.images[:320], data.train.labels[:320]))
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_model("cnn", channels=1, size=8, classes=10, width=4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_trains_on_digits_and_resumes_bit_for_bit(recipe: str, tmp_path: Path) -> None:
+    structure = filters(EXAMPLE) if recipe == "liu2017" else weights
+    toy_settings = {"epochs": 4, "finetune_epochs": 2, "iterations": 2, "every": 3}
+    settings = {**toy_settings, "structure": structure, "sparsity": 0.6}
+    phases: Callable[[], list[Phase]] = partial(phases_of, RECIPES[recipe], **settings)
+    options = {"stride": 7, "save_every": 3, **QUIET}
+    rows = assert_resumes(network, digits(), phases, tmp_path, **options)
+    assert min(row["loss"] for row in rows) < math.log(10)  # better than guessing
+    total = 4 * 9 + 8 * 4 * 9 + 16 * 8 * 9 + 160
+    if recipe == "dense":
+        assert rows[-1]["sparsity"] == 0
+    elif structure is weights:
+        assert rows[-1]["sparsity"] == round(0.6 * total) / total
+        assert rows[-1]["weights"]["zeros"] == round(0.6 * total)
+    else:
+        assert 0.6 <= rows[-1]["sparsity"] < 0.7
+
+
+@pytest.mark.parametrize("recipe", ["zhu2017", "soft"])
+def test_the_sparsity_of_gradual_pruning_is_on_record(recipe: str) -> None:
+    settings = {"epochs": 5, "every": 1, "ramp_begin": 0.0, "ramp_end": 0.9, "sparsity": 0.6}
+    rows = train(network(0), digits(), phases_of(RECIPES[recipe], **settings), **QUIET)
+    found = [row["sparsity"] for row in rows]
+    target = [row["target"] for row in rows if row["kind"] == "train"]
+    assert found[:-1] == pytest.approx(target, abs=1e-3)
+    assert found == sorted(found) and found[0] > 0.2
+    kept = [row["parameters"] for row in rows]
+    assert kept == sorted(kept, reverse=True)
+    for name in ("loss", "top1", "weights", "parameters"):  # the cut changes nothing
+        assert rows[-1][name] == rows[-2][name]
 
 
 @pytest.mark.parametrize(

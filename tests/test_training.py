@@ -4,7 +4,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim import SGD, Adam, Optimizer
 from swdlib.images import Dataset, Split
 from swdlib.masks import NotFinite
 from swdlib.penalties import SelectiveWeightDecay
-from swdlib.recipes import Phase, Prune, Train, han2015, swd
+from swdlib.recipes import Phase, Prune, Train, han2015, random_pruning, soft, swd, zhu2017
 from swdlib.schedules import Constant, Linear
 from swdlib.structures import weights
 from swdlib.training import Options, train
@@ -129,47 +130,67 @@ class Stopped(Exception):
     """Stands for a run that is ended from outside."""
 
 
-class StoppingSGD(SGD):
-    """Raises at the given step, counted over all optimizers of the class."""
+@dataclass
+class Stopping:
+    """Makes optimizers the steps of which are counted together; raises at step `at`."""
 
-    taken = 0
-    stop_at = math.inf
+    at: float = math.inf
+    taken: int = 0
 
-    def step(self, closure: Any = None) -> Any:
-        if StoppingSGD.taken == StoppingSGD.stop_at:
+    def __call__(self, parameters: Any) -> Optimizer:
+        optimizer = SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+        optimizer.register_step_pre_hook(self._count)
+        return optimizer
+
+    def _count(self, *_: Any) -> None:
+        if self.taken == self.at:
             raise Stopped
-        StoppingSGD.taken += 1
-        return super().step(closure)
+        self.taken += 1
 
 
-def stopping(parameters: Any) -> Optimizer:
-    return StoppingSGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+def zhu_phases() -> list[Phase]:
+    return zhu2017(3, Constant(0.05), 0.8, weights, ramp_begin=0.1, ramp_end=0.8, every=4)
 
 
-@pytest.mark.parametrize("phases", [swd_phases, han_phases])
+def soft_phases() -> list[Phase]:
+    return soft(3, Constant(0.05), 0.8, weights)
+
+
+def random_phases() -> list[Phase]:
+    return random_pruning(4, Constant(0.05), 0.8, weights, finetune_epochs=2, iterations=2)
+
+
+@pytest.mark.parametrize("phases", [swd_phases, han_phases, zhu_phases, soft_phases, random_phases])
 @pytest.mark.parametrize("save_every", [1, 3])
 def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
-    phases: Any, save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phases: Any, save_every: int, tmp_path: Path
 ) -> None:
-    options = {"optimizer": stopping, "save_every": save_every}
-    monkeypatch.setattr(StoppingSGD, "stop_at", math.inf)
-    monkeypatch.setattr(StoppingSGD, "taken", 0)
-    whole = network()
-    expected = run_quietly(whole, toy_data(), phases(), **options)
-    steps = StoppingSGD.taken
-    for stop in range(1, steps, 2):
-        monkeypatch.setattr(StoppingSGD, "taken", 0)
-        monkeypatch.setattr(StoppingSGD, "stop_at", stop)
-        file = tmp_path / f"{stop}.pt"
+    assert_resumes(network, toy_data(), phases, tmp_path, stride=2, save_every=save_every)
+
+
+def assert_resumes(
+    build: Callable[[int], nn.Module],
+    data: Dataset,
+    phases: Callable[[], list[Phase]],
+    folder: Path,
+    *,
+    stride: int,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Stop at every `stride`-th step and go on; it must come to the same rows, which it returns."""
+    counted, whole = Stopping(), build(0)
+    run = partial(run_quietly, **options)
+    expected = run(whole, data, phases(), optimizer=counted)
+    for stop in range(1, counted.taken, stride):
+        file = folder / f"{stop}.pt"
         with pytest.raises(Stopped):
-            run_quietly(network(), toy_data(), phases(), checkpoint=file, **options)
-        monkeypatch.setattr(StoppingSGD, "stop_at", math.inf)
-        resumed = network(seed=1)  # everything must come from the checkpoint
-        if not file.exists():
-            resumed = network()
-        rows = run_quietly(resumed, toy_data(), phases(), checkpoint=file, **options)
+            run(build(0), data, phases(), checkpoint=file, optimizer=Stopping(at=stop))
+        # Everything must come from the checkpoint, once there is one.
+        resumed = build(1 if file.exists() else 0)
+        rows = run(resumed, data, phases(), checkpoint=file, optimizer=Stopping())
         assert untimed(rows) == untimed(expected), stop
         assert_same(state_of(resumed), state_of(whole))
+    return expected
 
 
 def test_a_damaged_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None:

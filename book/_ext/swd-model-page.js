@@ -1,0 +1,118 @@
+// The live model on its page: controls, picture and a sentence that says what the picture shows.
+"use strict";
+
+(() => {
+  const [LOW, HIGH, SIZE, EDGE] = [-0.5, 2.75, 400, 24]; // weights shown; picture and its margin
+  const SCALE = (SIZE - EDGE) / (HIGH - LOW);
+  const spot = ([x, y]) => [EDGE + (x - LOW) * SCALE, (HIGH - y) * SCALE].map((n) => +n.toFixed(1));
+
+  const decades = (from, to, digits) =>
+    Array.from({ length: to - from }, (_, k) => digits.map((d) => +`${d}e${from + k}`)).flat();
+  const RANGES = {
+    aMin: ["a<sub>min</sub>, strength at the start", decades(-2, 6, [1, 3])],
+    aMax: ["a<sub>max</sub>, strength at the end", decades(0, 7, [1, 3])],
+    rate: ["learning rate", decades(-3, 0, [1, 1.5, 2, 3, 4, 5, 7])],
+  };
+  const TARGETS = {
+    smaller: "the smaller weight (sparsity ½)",
+    first: "always w₁ (sparsity ½)",
+    second: "always w₂ (sparsity ½)",
+    none: "none (sparsity 0)",
+  };
+  const UPDATES = { gradient: "gradient, as published", proximal: "proximal" };
+
+  const slider = (name, wanted) => {
+    const [label, values] = RANGES[name];
+    const gaps = values.map((value) => Math.abs(Math.log(value / wanted)));
+    const start = gaps.indexOf(Math.min(...gaps));
+    return `<label>${label}: <output></output><input type="range" name="${name}" min="0"
+      max="${values.length - 1}" value="${start}"></label>`;
+  };
+
+  const choice = (name, label, choices) => {
+    const options = Object.entries(choices).map(([key, words]) =>
+      `<option value="${key}">${words}</option>`);
+    return `<label>${label} <select name="${name}">${options.join("")}</select></label>`;
+  };
+
+  const controls = (problem) => `<form>
+    ${Object.keys(RANGES).map((name) => slider(name, problem[name])).join("")}
+    ${choice("target", "target", TARGETS)}${choice("update", "update rule", UPDATES)}
+    <button type="reset">Reset</button></form>`;
+
+  const settingsOf = ({ elements }) => {
+    const chosen = Object.keys(RANGES).map((name) => [name, RANGES[name][1][elements[name].value]]);
+    const { target, update } = elements;
+    return { ...Object.fromEntries(chosen), target: target.value, update: update.value };
+  };
+
+  const label = ([x, y], words, right = 8, down = 4) =>
+    `<text x="${x + right}" y="${y + down}">${words}</text>`;
+
+  // Contours of a quadratic are ellipses around its minimum, along the eigenvectors.
+  const contours = ({ hessian: [[a, b], [, d]], trained }) => {
+    const [mean, half] = [(a + d) / 2, Math.hypot((a - d) / 2, b)];
+    const turn = `rotate(${(-90 / Math.PI) * Math.atan2(2 * b, a - d)} ${spot(trained).join(" ")})`;
+    const [cx, cy] = spot(trained);
+    const ring = (k) => {
+      const [rx, ry] = [mean + half, mean - half].map((curvature) =>
+        SCALE * 0.2 * k * Math.sqrt(2 / curvature)); // the loss there is (0.2 k) squared
+      return `<ellipse cx="${cx}" cy="${cy}" rx="${rx}" ry="${ry}" transform="${turn}"/>`;
+    };
+    return `<g class="contours">${Array.from({ length: 14 }, (_, k) => ring(k + 1)).join("")}</g>`;
+  };
+
+  const frame = () => {
+    const [x, y] = spot([0, 0]);
+    const numbers = [0, 1, 2].map((n) =>
+      label([spot([n, n])[0], SIZE], n, -4, -6) + label([0, spot([n, n])[1]], n, 8));
+    return `<path class="axis" d="M${x} 0V${SIZE - EDGE}M${EDGE} ${y}H${SIZE}"/>
+      ${numbers.join("")}${label([SIZE, y], "w₁", -20, -8)}${label([x, 0], "w₂", 8, 14)}`;
+  };
+
+  const marks = (problem, points) => {
+    const end = points[points.length - 1];
+    const at = (w, shape) => `<g transform="translate(${spot(w).join(" ")})">${shape}</g>`;
+    const every = Math.max(1, Math.floor(problem.steps / 10));
+    const tenths = points.filter((_, k) => k % every === 0);
+    return tenths.map((w) => at(w, '<circle class="tenth" r="3"/>')).join("") +
+      [0, 1].map((i) => at(swdModel.constrained(problem, i), '<path class="least" d="M-8 0L0-8L8 0L0 8Z"/>')).join("") +
+      at(problem.trained, '<path class="cross" d="M-5-5L5 5M5-5L-5 5"/>') +
+      at(end, '<circle class="end" r="5"/>') +
+      label(spot(problem.start), "start") + label(spot(problem.trained), "trained", 9, -5);
+  };
+
+  const picture = (problem, { points, diverged }) => {
+    const drawn = points.slice(0, diverged ?? points.length);
+    const line = drawn.map((w) => spot(w).join()).join(" ");
+    return `<svg class="area" x="${EDGE}" width="${SIZE - EDGE}" height="${SIZE - EDGE}"
+      viewBox="${EDGE} 0 ${SIZE - EDGE} ${SIZE - EDGE}">${contours(problem)}
+      <polyline points="${line}"/>${marks(problem, drawn)}</svg>${frame()}`;
+  };
+
+  const show = (problem, [svg, form, status]) => {
+    const settings = settingsOf(form);
+    for (const name of Object.keys(RANGES)) {
+      const value = settings[name].toLocaleString("en", { maximumSignificantDigits: 2 });
+      form.elements[name].setAttribute("aria-valuetext", value);
+      form.elements[name].previousElementSibling.textContent = value;
+    }
+    const run = swdModel.run(problem, settings);
+    const words = swdModel.describe(problem, settings, run);
+    svg.innerHTML = picture(problem, run);
+    svg.setAttribute("aria-label", `The path of SWD over a loss of two weights. ${words}`);
+    status.textContent = words;
+  };
+
+  document.querySelectorAll(".swd-model").forEach((element) => {
+    const problem = JSON.parse(element.dataset.problem);
+    element.innerHTML = `<svg viewBox="0 0 ${SIZE} ${SIZE}" role="img"></svg>${controls(problem)}
+      <p role="status"></p>`;
+    const draw = () => show(problem, [...element.children]);
+    const form = element.querySelector("form");
+    form.addEventListener("input", draw);
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.addEventListener("reset", () => setTimeout(draw)); // once the fields are back
+    draw();
+  });
+})();

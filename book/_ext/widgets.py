@@ -1,0 +1,41 @@
+"""Scripts of single pages: each is loaded where the element that it fills is, and nowhere else."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+
+# Class of the element -> the files that fill it, which lie beside this one.
+WIDGETS = {"swd-model": ("swd-model.js", "swd-model-page.js", "swd-model.css")}
+
+
+def load_files(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """Add the files of the widgets that the page holds: in this event they go to it alone."""
+    for name, files in WIDGETS.items():
+        if f'class="{name}"' in context.get("body", ""):
+            for file in files:
+                if file.endswith(".css"):
+                    app.add_css_file(f"widgets/{file}")
+                else:
+                    app.add_js_file(f"widgets/{file}", loading_method="defer")
+
+
+def copy_files(app: Sphinx, exception: Exception | None) -> None:
+    """Copy the files into the finished book."""
+    if exception is not None or app.builder.format != "html":
+        return
+    target = Path(app.outdir) / "_static" / "widgets"
+    target.mkdir(parents=True, exist_ok=True)
+    for files in WIDGETS.values():
+        for file in files:
+            shutil.copy(HERE / file, target)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.connect("html-page-context", load_files)
+    app.connect("build-finished", copy_files)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

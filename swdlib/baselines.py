@@ -1,0 +1,228 @@
+"""Baselines: what the methods that SWD is compared with attach to an optimizer."""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any, SupportsFloat
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from swdlib import joins
+from swdlib.allocations import Allocation, together
+from swdlib.criteria import Criterion, batch_norm_scale, magnitude
+from swdlib.masks import (
+    Masks,
+    apply_,
+    check_mask,
+    check_sparsity,
+    find_groups,
+    removed_weights,
+    select_units,
+)
+from swdlib.schedules import Schedule, as_schedule
+from swdlib.structures import Coupled, Group, Structure, weights
+
+
+class _Joined:
+    """What joins an optimizer's steps: a subclass says what it does before or after each."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.masks: Masks = {}
+        self._begun = False
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Join an optimizer: from now on this acts at each of its steps.
+
+        ValueError if the optimizer has none of the model's parameters or this is attached already.
+        """
+        optimizer = joins.stepping(optimizer)
+        if self._hooks:
+            raise ValueError(f"this {type(self).__name__} is attached already; call detach() first")
+        owned = {id(parameter) for parameter in joins.parameters_of(optimizer)}
+        if not any(id(parameter) in owned for parameter in self.model.parameters()):
+            raise ValueError(
+                f"the {type(optimizer).__name__} has no parameter of {type(self.model).__name__}; "
+                "build it from model.parameters()"
+            )
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def detach(self) -> None:
+        """Leave the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._begun = True
+        return self._before(optimizer, args, kwargs)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        joins.require_once(self._begun, optimizer)
+        self._begun = False
+        if not joins.skips(optimizer):
+            self._after()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        return None
+
+    def _after(self) -> None:
+        pass
+
+
+class GradualPruning(_Joined):
+    """Sets the lowest-scored weights to zero while a network trains (Zhu & Gupta 2017).
+
+    After every `every` steps, and after the last, the masks are chosen anew at the sparsity that
+    the schedule has then. Between, what is masked stays zero (arXiv 1710.01878). With `soft` it goes
+    on being trained and may return (He et al. 2018, arXiv 1808.06866): of a filter only its own
+    weights are then set to zero, as it could not return without its batch norm.
+
+    Args:
+        model: any module; it is neither wrapped nor renamed.
+        sparsity: fraction of prunable weights to remove, in [0, 1), or a schedule of it.
+        steps: optimizer steps over which the schedule runs, at least 1.
+        every: steps from one choice of masks to the next, at least 1.
+        structure: what is pruned together.
+        criterion: what is pruned first: the lowest scores.
+        allocation: how scores of different layers compare; by default as they are.
+        soft: whether pruned weights may return.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float | Schedule,
+        steps: int,
+        every: int = 100,
+        structure: Structure = weights,
+        criterion: Criterion = magnitude,
+        allocation: Allocation = together,
+        soft: bool = False,
+    ) -> None:
+        super().__init__(model)
+        self.groups = find_groups(model, structure)
+        self.criterion, self.allocation = criterion, allocation
+        self._sparsity = as_schedule(sparsity, check_sparsity)
+        self.steps, self.every = _count("steps", steps), _count("every", every)
+        self.soft = soft
+        self.step = 0
+        for progress in (0.0, 1.0):  # a schedule's mistakes come to light before training starts
+            check_sparsity(self._sparsity(progress))
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity that masks are chosen for now."""
+        return check_sparsity(self._sparsity(min(self.step / self.steps, 1.0)))
+
+    @torch.no_grad()
+    def _after(self) -> None:
+        self.step += 1
+        if self.step % self.every == 0 or self.step == self.steps:
+            self.masks = self._choose()
+        elif self.soft:
+            self.masks = {}
+        apply_(self.model, self.masks)
+
+    def _choose(self) -> Masks:
+        units = select_units(self.groups, self.sparsity, self.criterion, self.allocation)
+        cut = [_own_weights(group) for group in self.groups] if self.soft else self.groups
+        return {name: ~gone for name, gone in removed_weights(cut, units).items()}
+
+    def report(self) -> dict[str, float]:
+        """What a record keeps of it at this step."""
+        return {"target": self.sparsity}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the step and the masks."""
+        return {"step": self.step, "masks": dict(self.masks)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; ValueError if it does not fit the model."""
+        if set(state) != {"step", "masks"}:
+            raise ValueError(f"a pruner's state has keys 'step' and 'masks', not {sorted(state)}")
+        step, masks = state["step"], state["masks"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"a pruner's step must be a whole number of 0 or more, not {step!r}")
+        parameters = dict(self.model.named_parameters())
+        for name, mask in masks.items():
+            check_mask(name, mask, parameters)
+        self.step = step
+        self.masks = {n: m.to(parameters[n].device, copy=True) for n, m in masks.items()}
+
+
+def _own_weights(group: Group) -> Group:
+    if not isinstance(group, Coupled):
+        return group
+    return replace(group, parts=tuple(part for part in group.parts if part.role == "weight"))
+
+
+class BatchNormL1(_Joined):
+    """An L1 penalty on the scales of batch normalisation (Liu et al. 2017, arXiv 1708.06519).
+
+    The gradient of every scale gains `l1` times the scale's sign, so that the scales of channels
+    that matter little go to zero.
+
+    Args:
+        model: a module with batch-norm layers that have scales.
+        l1: strength of the penalty; published 1e-4 (VGG-19) and 1e-5 (ResNet-164).
+        structure: what the scales will be used to rank; ValueError if its units have none.
+    """
+
+    def __init__(self, model: nn.Module, *, l1: float = 1e-4, structure: Structure) -> None:
+        super().__init__(model)
+        if not (isinstance(l1, SupportsFloat) and math.isfinite(l1) and l1 >= 0):
+            raise ValueError(f"l1 must be a finite number of 0 or more, not {l1!r}")
+        self.l1 = l1
+        self.scales = _scales(model)
+        for group in find_groups(model, structure):
+            group.scores(batch_norm_scale)  # so that a mistake is told before training starts
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        joins.require_unscaled(optimizer)
+        owned = {id(parameter) for parameter in joins.parameters_of(optimizer)}
+        return joins.after_backward(args, kwargs, partial(self._add_gradients, owned))
+
+    @torch.no_grad()
+    def _add_gradients(self, owned: set[int]) -> None:
+        for scale in self.scales:
+            if scale.grad is not None and id(scale) in owned:
+                scale.grad.add_(scale.sign(), alpha=self.l1)
+
+    def report(self) -> dict[str, float]:
+        """What a record keeps of it: the mean size of a scale."""
+        return {"mean_scale": float(torch.cat([s.detach().abs() for s in self.scales]).mean())}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; ValueError if it holds anything."""
+        if state:
+            raise ValueError(f"the state of an L1 penalty is empty, not of {sorted(state)}")
+
+
+def _scales(model: nn.Module) -> list[nn.Parameter]:
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine]
+    scales = [layer.weight for layer in layers if layer.weight.requires_grad]
+    if not scales:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable batch-norm scales to penalise: use a network "
+            "with batch normalisation (affine=True), or another method"
+        )
+    return scales
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return value

@@ -1,0 +1,39 @@
+"""Movement: what enters and leaves the set of units that would be pruned."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swdlib.masks import parameters_of, removed_weights
+from swdlib.structures import Group
+
+
+class Movement:
+    """Compares the selected units with those of the report before."""
+
+    def __init__(self) -> None:
+        self.units: list[Tensor] = []
+
+    @torch.no_grad()
+    def report(self, groups: Sequence[Group], units: Sequence[Tensor]) -> dict[str, float]:
+        """Units `selected`, `entered` and `left` since the last report, and two norms.
+
+        `norm_selected` is the L2 norm of the weights that the selected units own, `norm_kept` that
+        of the others. The first report has nothing to compare with, and no `entered` and `left`.
+        """
+        parameters, gone = parameters_of(groups), removed_weights(groups, units)
+        inside = sum(float((p * gone[n]).square().sum()) for n, p in parameters.items())
+        outside = sum(float((p * ~gone[n]).square().sum()) for n, p in parameters.items())
+        pairs = list(zip(units, self.units, strict=False))  # none at the first report
+        moved = {
+            "entered": sum(int((now & ~before.to(now.device)).sum()) for now, before in pairs),
+            "left": sum(int((before.to(now.device) & ~now).sum()) for now, before in pairs),
+        }
+        self.units = [chosen.clone() for chosen in units]
+        return {
+            "selected": sum(int(chosen.sum()) for chosen in units),
+            **(moved if pairs else {}),
+            "norm_selected": inside**0.5,
+            "norm_kept": outside**0.5,
+        }
