@@ -35,7 +35,7 @@ def weight_histogram(tensors: Iterable[Tensor]) -> dict[str, list[int] | int]:
     Values beyond the range are counted in the bin at its end.
     """
     low, high = HISTOGRAM_RANGE
-    flat = torch.cat([t.detach().flatten().cpu() for t in tensors])
+    flat = torch.cat([torch.zeros(0), *(t.detach().flatten().cpu() for t in tensors)])
     sizes = flat[flat != 0].abs().to(torch.promote_types(flat.dtype, torch.float32))
     share = ((sizes.log10() - low) / (high - low)).clamp(0.0, 1.0)
     bins = (share * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1)

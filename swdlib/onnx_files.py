@@ -1,7 +1,9 @@
 """ONNX files: a network for runtimes other than torch."""
 
 import importlib.util
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,27 +21,48 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     """Write `model`, in evaluation mode, as an ONNX file that takes batches of any size.
 
     `example` is a batch, shape (N, ...). The file's input is called "input", its output "output".
-    It is written whole or not at all, and the model keeps its mode. ImportError, with the line that
-    installs them, if packages are missing.
+    It is written whole or not at all, and the model keeps its mode. ValueError if torch's exporter
+    cannot follow the model; ImportError, with the line that installs them, if packages are missing.
     """
     _require("onnx", "onnxscript")
     check_example(example)
-    # Of a single image, the exporter would take the size of the batch for a constant.
-    pair = torch.cat([example[:1], example[:1]])
-    with in_eval(model):
-        program = torch.onnx.export(
-            model,
-            (pair,),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["input"],
-            output_names=["output"],
-            verbose=False,
-        )
-    assert program is not None
+    program = _export(model, example)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # the exporter's notes: source code and paths of this machine
     write_whole(Path(path), lambda file: program.save(file, external_data=False))
+
+
+def _export(model: nn.Module, example: Tensor) -> torch.onnx.ONNXProgram:
+    # Of a single image, the exporter would take the size of the batch for a constant.
+    pair = torch.cat([example[:1], example[:1]])
+    with in_eval(model), _errors_only("onnxscript.optimizer"):
+        try:
+            program = torch.onnx.export(
+                model,
+                (pair,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["input"],
+                output_names=["output"],
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be written as ONNX: {error.__cause__ or error}"
+            ) from error
+    assert program is not None
+    return program
+
+
+@contextmanager
+def _errors_only(logger: str) -> Iterator[None]:
+    """A context in which a logger is silent about what is no error."""
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)
 
 
 def in_onnxruntime(path: str | Path) -> Callable[[Tensor], Tensor]:

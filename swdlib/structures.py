@@ -187,9 +187,14 @@ class Coupled(Group):
 Structure = Callable[[nn.Module], list[Group]]
 
 
+def is_prunable(parameter: nn.Parameter) -> bool:
+    """Whether single weights of it may go: it is trained and has two or more dimensions."""
+    return parameter.requires_grad and parameter.ndim >= 2
+
+
 def _prunable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     # named_parameters() yields a shared parameter once, under its first name.
-    return [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim >= 2]
+    return [(n, p) for n, p in model.named_parameters() if is_prunable(p)]
 
 
 def weights(model: nn.Module) -> list[Group]:

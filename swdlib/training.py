@@ -24,6 +24,7 @@ from swdlib.evaluation import Data, device_of, means, sums_over_test
 from swdlib.masks import Masks, NotFinite, apply_, find_groups, select, sparsity_of
 from swdlib.metrics import count_correct, parameters, weight_histogram
 from swdlib.recipes import Penalty, Phase, Prune, Train
+from swdlib.structures import is_prunable
 
 Row = dict[str, Any]
 
@@ -257,7 +258,7 @@ class _Loop:
             **means(self.accelerator.reduce(sums)),
             "sparsity": sparsity_of(masks),
             "parameters": parameters(self.model, masks),
-            "weights": weight_histogram(p for p in self.model.parameters() if p.ndim >= 2),
+            "weights": weight_histogram(p for p in self.model.parameters() if is_prunable(p)),
         }
         self.rows.append(row)
         self.bar.set_postfix(epoch=self.at.epochs, top1=f"{row['top1']:.2f}")

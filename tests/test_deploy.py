@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 import swdlib
 from swdlib import deploy
@@ -91,6 +92,19 @@ def test_the_model_is_left_as_it_was() -> None:
     report(model, masks, IMAGES, rounds=1)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_networks_that_are_harder_to_follow_give_equal_outputs() -> None:
+    residual, of_residual = pruned("resnet20", filters(IMAGES), 0.5, width=4)
+    sizes = {"num_layers": 2, "num_heads": 4, "hidden_dim": 16, "mlp_dim": 32, "num_classes": 10}
+    transformer = VisionTransformer(image_size=8, patch_size=4, **sizes)
+    nn.init.normal_(transformer.heads.head.weight)
+    of_heads = select(find_groups(transformer, channels(IMAGES)), 0.3)
+    for model, masks in ((residual, of_residual), (transformer, of_heads)):
+        of = rows(report(model, masks, IMAGES, rounds=1))
+        assert of["shrunk"]["parameters"] < of["dense"]["parameters"]
+        assert max(of["shrunk"]["difference"], of["onnxruntime"]["difference"]) <= 1e-5
 
 
 def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:

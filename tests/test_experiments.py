@@ -22,7 +22,7 @@ from swdlib.recipes import RECIPES
 from swdlib.structures import STRUCTURES
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK: dict[str, Any] = {"epochs": 3, "finetune_epochs": 1, "width": 4}
+QUICK: dict[str, Any] = {"epochs": 2, "finetune_epochs": 1, "width": 4}
 
 
 def test_the_seed_draws_the_network() -> None:
@@ -33,10 +33,19 @@ def test_the_seed_draws_the_network() -> None:
     assert not all(torch.equal(a, c) for a, _, c in pairs)
 
 
+def quick_config(recipe: str, structure: str) -> Config:
+    network = {"model": "mlp", "width": 16} if structure == "channels" else {}
+    return Config(recipe=recipe, structure=structure, sparsity=0.5, **{**QUICK, **network})
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_every_recipe_makes_a_record(recipe: str, structure: str, tmp_path: Path) -> None:
-    config = Config(recipe=recipe, structure=structure, sparsity=0.5, **QUICK)
+    config = quick_config(recipe, structure)
+    if recipe == "liu2017" and "filters" not in structure:  # nothing else has batch-norm scales
+        with pytest.raises(ValueError, match="scale"):
+            run(config, tmp_path, progress=False)
+        return
     record = run(config, tmp_path, progress=False)
     assert record.status == "finished"
     final = record.final
@@ -51,7 +60,7 @@ def test_every_recipe_makes_a_record(recipe: str, structure: str, tmp_path: Path
         total = sum(final["weights"]["counts"]) + final["weights"]["zeros"]
         assert final["sparsity"] == pytest.approx(round(0.5 * total) / total, abs=1e-12)
     else:
-        assert 0.5 <= final["sparsity"] < 0.51
+        assert 0.5 <= final["sparsity"] < 0.6  # a filter of a network as small as this is large
 
 
 def test_the_trained_network_lies_beside_its_record(tmp_path: Path) -> None:

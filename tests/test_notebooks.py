@@ -165,7 +165,7 @@ def test_solutions_run_at_the_end_of_their_page(name: str, tmp_path: Path) -> No
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("swd-on-cifar10", {"sparsity": 1.5}, r"sparsity must be in \[0, 1\), not 1\.5"),
-    ("swd-on-cifar10", {"recipe": "foo"}, "recipe must be one of dense, swd, han2015, not 'foo'"),
+    ("swd-on-cifar10", {"recipe": "foo"}, "recipe must be one of dense, swd, .*, not 'foo'"),
     ("swd-on-cifar10", {"epochs": 0}, "epochs must be at least 1, not 0"),
     ("swd-on-cifar10", {"epochs": "many"}, "epochs must be of type int, not 'many'"),
     ("swd-on-cifar10", {"profile": "huge"}, "profile must be one of .*, not 'huge'"),

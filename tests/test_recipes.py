@@ -91,7 +91,7 @@ def test_swd_by_hand() -> None:
     assert isinstance(penalty, SelectiveWeightDecay)
     assert penalty.model is model and penalty.steps == 30
     assert penalty.weight_decay == 0.1 and penalty.update == "proximal"
-    assert penalty.report() == {"strength": 2.0, "target": 0.9}
+    assert {"strength": 2.0, "target": 0.9}.items() <= penalty.report().items()
     penalty.step = 15
     assert penalty.strength == pytest.approx(Exponential(2.0, 8.0)(0.5))
 

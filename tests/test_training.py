@@ -291,15 +291,20 @@ def test_a_penalty_sees_as_many_steps_as_the_phase_has() -> None:
     assert [(p.step, p.steps) for p in seen] == [(3 * STEPS, 3 * STEPS)]
 
 
+MIXES: dict[str, Callable[[], list[Phase]]] = {
+    "penalty": lambda: swd_phases() + han_phases()[1:],
+    "gradual": lambda: zhu_phases() + random_phases(),
+}
+
 WORKER = """
 import sys
 import torch
-from tests.test_training import BATCH, han_phases, perceptron, swd_phases, toy_data
+from tests.test_training import BATCH, MIXES, perceptron, toy_data
 from swdlib.training import train
 
 torch.set_num_threads(1)
 model = perceptron()
-phases = swd_phases() + han_phases()[1:]
+phases = MIXES[sys.argv[2]]()
 rows = train(model, toy_data(images=44), phases, batch_size=BATCH, progress=False)
 rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 torch.save({"model": model.state_dict(), "losses": [r["loss"] for r in rows],
@@ -307,15 +312,15 @@ torch.save({"model": model.state_dict(), "losses": [r["loss"] for r in rows],
 """
 
 
-def _launch(folder: Path, processes: int) -> Iterator[dict[str, Any]]:
+def _launch(folder: Path, processes: int, mix: str) -> Iterator[dict[str, Any]]:
     folder.mkdir()
     script = folder / "worker.py"
     script.write_text(WORKER)
     root = str(Path(__file__).resolve().parents[1])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={processes}", str(script), str(folder)]
+    command = [*torchrun, f"--nproc-per-node={processes}", str(script), str(folder), mix]
     if processes == 1:
-        command = [sys.executable, str(script), str(folder)]
+        command = [sys.executable, str(script), str(folder), mix]
     environment = {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -324,9 +329,10 @@ def _launch(folder: Path, processes: int) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    (one,) = _launch(tmp_path / "one", 1)
-    first, second = _launch(tmp_path / "two", 2)
+@pytest.mark.parametrize("mix", MIXES)
+def test_two_processes_do_what_one_does(mix: str, tmp_path: Path) -> None:
+    (one,) = _launch(tmp_path / "one", 1, mix)
+    first, second = _launch(tmp_path / "two", 2, mix)
     assert_same(first["model"], second["model"])
     for name, value in one["model"].items():
         assert torch.equal(first["model"][name] == 0, value == 0), name  # the same masks
