@@ -81,9 +81,9 @@ class GradualPruning(_Joined):
     """Sets the lowest-scored weights to zero while a network trains (Zhu & Gupta 2017).
 
     After every `every` steps, and after the last, the masks are chosen anew at the sparsity that
-    the schedule has then. Between, what is masked stays zero (arXiv 1710.01878). With `soft` it goes
-    on being trained and may return (He et al. 2018, arXiv 1808.06866): of a filter only its own
-    weights are then set to zero, as it could not return without its batch norm.
+    the schedule has then. Between, what is masked stays zero (arXiv 1710.01878). With `soft` it is
+    trained on and may return (He et al. 2018, arXiv 1808.06866): of a filter only its own weights
+    are then set to zero, as it could not return without its batch norm.
 
     Args:
         model: any module; it is neither wrapped nor renamed.
