@@ -9,11 +9,13 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from swdlib.allocations import ALLOCATIONS
+from swdlib.criteria import CRITERIA
 from swdlib.data import DATASETS
 from swdlib.devices import Precision
 from swdlib.models import MODELS
 from swdlib.penalties import Update
-from swdlib.recipes import RECIPES, Phase
+from swdlib.recipes import RECIPES, Phase, ranked
 from swdlib.schedules import Cosine, Piecewise, Schedule, Steps
 from swdlib.structures import STRUCTURES
 
@@ -91,6 +93,8 @@ class Config:
     width: int | None = _setting(BY_PROFILE, "maps of the first stage")
     recipe: str = _setting("swd", "method", *RECIPES)
     structure: str = _setting("weights", "what is pruned together", *STRUCTURES)
+    criterion: str = _setting(BY_RECIPE, "what is pruned first", *CRITERIA)
+    allocation: str = _setting(BY_RECIPE, "how layers share the sparsity", *ALLOCATIONS)
     sparsity: float = _setting(0.9, "fraction of weights removed, in [0, 1)")
     epochs: int = _setting(BY_PROFILE, "epochs in all, fine-tuning included")
     finetune_epochs: int = _setting(BY_PROFILE, "epochs of them that follow a cut")
@@ -168,6 +172,8 @@ class Config:
 
     def _blank_unused(self) -> None:
         of_recipes = {name for recipe in RECIPES for name in _parameters(recipe)}
+        if "structure" not in _parameters(self.recipe):
+            of_recipes |= {"criterion", "allocation"}
         for name in of_recipes - set(_parameters(self.recipe)) - set(ALWAYS_USED):
             object.__setattr__(self, name, 0.0 if name == "sparsity" else None)
 
@@ -214,4 +220,8 @@ def phases_of(config: Config, example: Tensor | None = None) -> list[Phase]:
     settings["lr"] = LR_SCHEDULES[config.lr_schedule](config.lr)
     if config.structure is not None:
         settings["structure"] = STRUCTURES[config.structure](example)
-    return RECIPES[config.recipe](**{name: settings[name] for name in _parameters(config.recipe)})
+    recipe = RECIPES[config.recipe]
+    phases = recipe(**{name: settings[name] for name in _parameters(config.recipe)})
+    criterion = CRITERIA[config.criterion] if config.criterion else None
+    allocation = ALLOCATIONS[config.allocation] if config.allocation else None
+    return ranked(phases, criterion, allocation)

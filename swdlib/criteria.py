@@ -73,3 +73,11 @@ def score_of(criterion: Criterion, name: str, parameter: Tensor) -> Tensor:
             f"{tuple(parameter.shape)}, its scores have {tuple(scores.shape)}"
         )
     return scores
+
+
+# Name -> criterion, for what is chosen in a shell or a notebook. Saliency needs gradients, which a
+# training script of one's own has at hand when it prunes.
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude,
+    "batch_norm_scale": batch_norm_scale,
+}

@@ -122,7 +122,14 @@ def provenance(data: Dataset) -> dict[str, Any]:
 
 def code_digest() -> str:
     """Twelve hexadecimal digits that stand for the library's code that decides a result."""
-    undeciding = {"plots.py", "interactive.py", "cli.py", "sweeps.py", "notebooks.py", "__init__.py"}
+    undeciding = {
+        "plots.py",
+        "interactive.py",
+        "cli.py",
+        "sweeps.py",
+        "notebooks.py",
+        "__init__.py",
+    }
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.name not in undeciding:

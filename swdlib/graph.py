@@ -1,8 +1,8 @@
 """The graph: which channels of which layers live or die together.
 
 torch-pruning follows channels through a network from layer to layer. What it finds is joined here
-into units that are disjoint: a channel of one layer, and all slices of parameters that it is tied to
-by additions, concatenations, flattening, depthwise and grouped convolutions.
+into disjoint units: a channel of one layer, and all slices of parameters that it is tied to by
+additions, concatenations, flattening, depthwise and grouped convolutions.
 """
 
 import copy
@@ -234,7 +234,9 @@ class _Slots:
         order = np.full(self.number, -1)
         order[units] = np.arange(len(units))
         parts = tuple(
-            Part(name, parameters[name], dim, torch.from_numpy(np.where(o >= 0, order[o], -1)), role)
+            Part(
+                name, parameters[name], dim, torch.from_numpy(np.where(o >= 0, order[o], -1)), role
+            )
             for name, dim, role, o in slices
         )
         is_filter = any(parameters[name].ndim > 2 for name in made)

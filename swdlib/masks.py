@@ -10,8 +10,8 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from swdlib.criteria import Criterion, magnitude
 from swdlib.allocations import Allocation, together
+from swdlib.criteria import Criterion, magnitude
 from swdlib.structures import Coupled, Group, NofM, Structure, Tiles
 
 Masks = dict[str, Tensor]
@@ -181,8 +181,7 @@ def select_units(
     ranks = [group.protect(rank) for group, rank in zip(groups, ranks, strict=True)]
     chosen = _remove(groups, ranks, count)
     emptied = [
-        len(c) > 1 and bool(c.all()) and bool(s.max() > 0)
-        for c, s in zip(chosen, scores, strict=True)
+        len(c) > 1 and bool(c.all()) and bool(s.any()) for c, s in zip(chosen, scores, strict=True)
     ]
     if any(emptied):  # rare: its best unit stays, and of every layer, so that none is next
         ranks = [_keep_best(r, s) for r, s in zip(ranks, scores, strict=True)]
@@ -202,7 +201,7 @@ def _remove(groups: Sequence[Group], ranks: Sequence[Tensor], count: int) -> lis
 
 
 def _keep_best(ranks: Tensor, scores: Tensor) -> Tensor:
-    if len(ranks) < 2 or not bool(scores.max() > 0):
+    if len(ranks) < 2 or not bool(scores.any()):
         return ranks
     return ranks.index_fill(0, ranks.argmax().unsqueeze(0), math.inf)
 
@@ -252,7 +251,7 @@ def select(
 
 
 def removed_weights(groups: Sequence[Group], chosen: Sequence[Tensor]) -> Masks:
-    """The weights that leave with the units `chosen`: True where one goes, of all that is counted."""
+    """Of all that is counted, the weights that leave with the units `chosen`: True where one goes."""
     gone: Masks = {}
     for group, units in zip(groups, chosen, strict=True):
         for name, slices in group.removed(units).items():

@@ -6,13 +6,14 @@ budget, fine-tuning included, so that methods given the same number have cost th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
+from swdlib.allocations import Allocation, together
 from swdlib.baselines import BatchNormL1, GradualPruning
 from swdlib.criteria import Criterion, Random, batch_norm_scale, magnitude
 from swdlib.masks import Masks, check_sparsity
@@ -37,7 +38,8 @@ class Penalty(Protocol):
 class Train:
     """Train for `epochs`, with the learning rate `lr` and, if given, a penalty.
 
-    `penalty(model, steps=...)` is called when the phase starts; steps are those of the phase.
+    `penalty(model, steps=...)` is called when the phase starts; steps are those of the phase. One
+    that ranks weights also takes `criterion` and `allocation` (see `ranked`).
     """
 
     epochs: int
@@ -56,6 +58,7 @@ class Prune:
     sparsity: float
     structure: Structure
     criterion: Criterion = magnitude
+    allocation: Allocation = together
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -234,7 +237,7 @@ def liu2017(
     """
     _check_finetuning(epochs, finetune_epochs)
 
-    def penalty(model: nn.Module, *, steps: int) -> BatchNormL1:
+    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> BatchNormL1:
         return BatchNormL1(model, l1=l1, structure=structure)
 
     return [
@@ -250,13 +253,40 @@ def soft(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> li
     Source: He et al. 2018, arXiv 1808.06866.
     """
 
-    def penalty(model: nn.Module, *, steps: int) -> GradualPruning:
+    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> GradualPruning:
         once = steps // epochs
         return GradualPruning(
-            model, sparsity=sparsity, steps=steps, every=once, structure=structure, soft=True
+            model,
+            sparsity=sparsity,
+            steps=steps,
+            every=once,
+            structure=structure,
+            soft=True,
+            **ranking,
         )
 
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def ranked(
+    phases: list[Phase], criterion: Criterion | None, allocation: Allocation | None
+) -> list[Phase]:
+    """The phases of a recipe with another criterion than magnitude, another allocation, or both.
+
+    ValueError if the recipe is one that has a criterion of its own.
+    """
+    own = [p.criterion for p in phases if isinstance(p, Prune) and p.criterion is not magnitude]
+    if criterion and own:
+        raise ValueError(f"this recipe ranks by {own[0]!r}: criterion must be left out")
+    given: dict[str, Any] = {"criterion": criterion, "allocation": allocation}
+    given = {name: value for name, value in given.items() if value is not None}
+
+    def changed(phase: Phase) -> Phase:
+        if isinstance(phase, Prune):
+            return replace(phase, **given)
+        return replace(phase, penalty=partial(phase.penalty, **given)) if phase.penalty else phase
+
+    return [changed(phase) for phase in phases] if given else phases
 
 
 def _swd_penalty(

@@ -44,13 +44,16 @@ def _kept(model: nn.Module, layers: list[Found]) -> dict[tuple[str, int], Tensor
     unread = {name: _zero_slices(parameters[name], dim) for name, dim in kept if dim == 1}
     settled = False
     while not settled:  # what goes no longer reads: further channels may lose their last reader
-        settled = not any([_drop(layer, parameters, kept, unread) for layer in layers])
+        dropped = [_drop(layer, parameters, kept, unread) for layer in layers]  # each has its turn
+        settled = not any(dropped)
     return kept
 
 
 def _zero_slices(parameter: Tensor, dim: int) -> Tensor:
     """Which rows of each input are zero altogether, shape (outputs, inputs)."""
-    matrix = parameter.detach().flatten(2) if parameter.ndim > 2 else parameter.detach().unsqueeze(2)
+    matrix = (
+        parameter.detach().flatten(2) if parameter.ndim > 2 else parameter.detach().unsqueeze(2)
+    )
     return (matrix == 0).all(2).cpu()
 
 
@@ -89,7 +92,7 @@ def _cut(model: nn.Module, kept: dict[tuple[str, int], Tensor]) -> None:
             for (key, dim), slices in kept.items()
             if key.startswith(prefix) and "." not in key[len(prefix) :]
         }
-        before = len(getattr(module, "weight", None)) if isinstance(module, _ConvNd) else 0
+        before = len(module.weight) if isinstance(module, _ConvNd) else 0
         for (attribute, dim), slices in mine.items():
             _cut_tensor(module, attribute, dim, slices)
         if isinstance(module, _NormBase) and mine:
@@ -192,9 +195,9 @@ class Attention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The attended values and, if wanted, the weights of attention, as the original's."""
-        inputs = (query, key, value)
+        inputs = [query, key, value]
         if query.ndim == 3 and not self.batch_first:
-            inputs = tuple(x.transpose(0, 1) for x in inputs)
+            inputs = [x.transpose(0, 1) for x in inputs]
         q, k, v = (self._heads(x, i) for i, x in enumerate(inputs))
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
         for mask in (attn_mask, key_padding_mask):

@@ -160,7 +160,9 @@ class Coupled(Group):
         sums, weights = torch.zeros(2, self.count, device=device)
         for part in parts:
             scores = score_of(criterion, part.name, part.parameter).movedim(part.dim, 0)
-            of_slices = scores.flatten(1).float() if scores.ndim > 1 else scores.unsqueeze(1).float()
+            of_slices = (
+                scores.flatten(1).float() if scores.ndim > 1 else scores.unsqueeze(1).float()
+            )
             inside = (part.units >= 0).to(device)
             units = part.units.to(device)[inside]
             sums.index_add_(0, units, of_slices.sum(1)[inside])

@@ -151,7 +151,7 @@ class _Loop:
 
     def _cut(self, phase: Prune) -> None:
         groups = find_groups(self.model, phase.structure)
-        self.masks |= select(groups, phase.sparsity, phase.criterion)
+        self.masks |= select(groups, phase.sparsity, phase.criterion, phase.allocation)
         apply_(self.model, self.masks)
         self._add_row("prune", {})
 

@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from swdlib import records
+from swdlib.allocations import erk, uniform
 from swdlib.config import LR_SCHEDULES, PROFILES, Config, phases_of
+from swdlib.criteria import batch_norm_scale
+from swdlib.models import build_model
 from swdlib.recipes import RECIPES, Prune, Train
 from swdlib.structures import STRUCTURES
 
@@ -150,3 +154,34 @@ def test_every_setting_of_a_recipe_is_a_field(recipe: str) -> None:
 
 def test_torchvision_networks_have_no_width() -> None:
     assert Config(model="resnet18").width is None
+
+
+@pytest.mark.parametrize("recipe", ["swd", "zhu2017", "soft", "han2015", "one_shot"])
+def test_another_criterion_and_allocation_reach_every_phase_that_ranks(recipe: str) -> None:
+    config = Config(
+        recipe=recipe,
+        structure="filters",
+        criterion="batch_norm_scale",
+        allocation="uniform",
+    )
+    example = torch.zeros(1, 1, 8, 8)
+    for phase in phases_of(config, example):
+        if isinstance(phase, Prune):
+            assert (phase.criterion, phase.allocation) == (batch_norm_scale, uniform)
+        elif phase.penalty:
+            model = build_model("cnn", channels=1, size=8, width=4)
+            penalty: Any = phase.penalty(model, steps=30)
+            assert (penalty.criterion, penalty.allocation) == (batch_norm_scale, uniform)
+
+
+@pytest.mark.parametrize("recipe", ["liu2017", "random_pruning"])
+def test_a_recipe_with_a_criterion_of_its_own_takes_no_other(recipe: str) -> None:
+    with pytest.raises(ValueError, match="criterion must be left out"):
+        Config(recipe=recipe, structure="filters", criterion="magnitude")
+    phases = phases_of(Config(recipe=recipe, structure="filters", allocation="erk"))
+    assert [p.allocation for p in phases if isinstance(p, Prune)] == [erk]
+
+
+def test_dense_training_has_no_criterion_and_no_allocation() -> None:
+    config = Config(recipe="dense", criterion="magnitude", allocation="erk")
+    assert config.criterion is config.allocation is None
