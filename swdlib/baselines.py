@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, SupportsFloat
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -22,6 +22,7 @@ from swdlib.masks import (
     removed_weights,
     select_units,
 )
+from swdlib.movement import Movement, check_units
 from swdlib.schedules import Schedule, as_schedule
 from swdlib.structures import Coupled, Group, Structure, weights
 
@@ -115,6 +116,8 @@ class GradualPruning(_Joined):
         self.steps, self.every = _count("steps", steps), _count("every", every)
         self.soft = soft
         self.step = 0
+        self._chosen: list[Tensor] = []  # the units of the masks
+        self._movement = Movement()
         for progress in (0.0, 1.0):  # a schedule's mistakes come to light before training starts
             check_sparsity(self._sparsity(progress))
 
@@ -134,29 +137,45 @@ class GradualPruning(_Joined):
 
     def _choose(self) -> Masks:
         units = select_units(self.groups, self.sparsity, self.criterion, self.allocation)
+        self._chosen = units
         cut = [_own_weights(group) for group in self.groups] if self.soft else self.groups
         return {name: ~gone for name, gone in removed_weights(cut, units).items()}
 
     def report(self) -> dict[str, float]:
-        """What a record keeps of it at this step."""
-        return {"target": self.sparsity}
+        """What a record keeps of it now: the target, and what moved in and out of the masks.
+
+        See `Movement.report`; movement counts from the report before.
+        """
+        moved = self._movement.report(self.groups, self._chosen) if self._chosen else {}
+        return {"target": self.sparsity, **moved}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the step and the masks."""
-        return {"step": self.step, "masks": dict(self.masks)}
+        """What a resumed run needs: the step, the masks, their units and those last reported."""
+        return {
+            "step": self.step,
+            "masks": dict(self.masks),
+            "chosen": self._chosen,
+            "reported": self._movement.units,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; ValueError if it does not fit the model."""
-        if set(state) != {"step", "masks"}:
-            raise ValueError(f"a pruner's state has keys 'step' and 'masks', not {sorted(state)}")
+        if set(state) != {"step", "masks", "chosen", "reported"}:
+            raise ValueError(
+                "a pruner's state has keys 'step', 'masks', 'chosen' and 'reported', "
+                f"not {sorted(state)}"
+            )
         step, masks = state["step"], state["masks"]
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"a pruner's step must be a whole number of 0 or more, not {step!r}")
         parameters = dict(self.model.named_parameters())
         for name, mask in masks.items():
             check_mask(name, mask, parameters)
+        for units in (state["chosen"], state["reported"]):
+            check_units(self.groups, units)
         self.step = step
         self.masks = {n: m.to(parameters[n].device, copy=True) for n, m in masks.items()}
+        self._chosen, self._movement.units = list(state["chosen"]), list(state["reported"])
 
 
 def _own_weights(group: Group) -> Group:

@@ -1,13 +1,13 @@
 """The graph: which channels of which layers live or die together.
 
-torch-pruning follows channels through a network from layer to layer. What it finds is joined here
-into disjoint units: a channel of one layer, and all slices of parameters that it is tied to by
-additions, concatenations, flattening, depthwise and grouped convolutions.
+What tracing finds is joined here into units that are disjoint: a channel of one layer, and all
+slices of parameters that it is tied to by additions, concatenations, flattening, depthwise and
+grouped convolutions.
 """
 
 import copy
-import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-SECONDS = 12.0  # that a search may take: networks that can be followed need two or three
+from swdlib.tracing import follow, tied_to
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ def trace_units(model: nn.Module, example: Tensor) -> list[Found]:
 
     Raises Untraceable, within half a minute, for a network that cannot be followed.
     """
-    twin = copy.deepcopy(model).requires_grad_(True).eval()
-    slots = _Slots(twin)
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            slots.join(_follow(twin, example))
+            twin = copy.deepcopy(model).requires_grad_(True)
+            slots = _Slots(twin)
+            slots.join(follow(twin, example))
+            slots.join_what_only_training_runs(example)
     except Exception as error:  # whatever a foreign search stumbles over
         raise Untraceable(
             f"the channels of {type(model).__name__} cannot be followed ({error!r}); structures "
@@ -95,31 +97,6 @@ def _is_plain(attention: nn.MultiheadAttention) -> bool:
     return attention.in_proj_weight is not None and not appends
 
 
-def _follow(model: nn.Module, example: Tensor) -> Any:
-    """torch-pruning's graph of `model`; on some networks its searches take hours: TimeoutError."""
-    from torch_pruning.dependency import DependencyGraph
-
-    deadline = time.monotonic() + SECONDS
-
-    def in_time(indices: Any) -> Any:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no end after {SECONDS:g} seconds")
-        return indices
-
-    class Graph(DependencyGraph):  # the search for shapes passes here, at every step
-        def get_out_channels(self, node: Any) -> Any:
-            return super().get_out_channels(in_time(node))
-
-        def get_in_channels(self, node: Any) -> Any:
-            return super().get_in_channels(in_time(node))
-
-    graph = Graph().build_dependency(model, example, verbose=False)
-    for node in graph.module2node.values():
-        for dependency in node.dependencies:  # and the search for a group passes here
-            dependency.index_mapping.append(in_time)
-    return graph
-
-
 class _Slots:
     """All places that a channel can own, numbered; those that are tied are joined into units.
 
@@ -133,12 +110,23 @@ class _Slots:
         self.start: dict[tuple[nn.Module, str], int] = {}
         self.number = 1
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
+        self.joined: set[Any] = set()
         for module in self.names:
             for side, size in _sides(module):
                 self.start[module, side] = self.number
                 self.number += size
-            if isinstance(module, _ConvNd) and module.groups > 1:
+            if isinstance(module, _ConvNd) and module.groups > 1 and _sides(module):
                 self._tie_groups(module)
+        self._hold_shared()
+
+    def _hold_shared(self) -> None:
+        # What several layers share, or one computes, cannot be cut in one place.
+        uses = Counter(id(p) for module in self.names for p in module._parameters.values())
+        for (module, side), start in self.start.items():
+            own = [getattr(module, attribute) for attribute, _, _ in _attributes(module, side)]
+            if any(p is not None and uses[id(p)] != 1 for p in own):
+                places = start + np.arange(dict(_sides(module))[side])
+                self.ties.append((places, np.zeros_like(places)))
 
     def _tie_groups(self, conv: _ConvNd) -> None:
         # A channel of a grouped convolution can only leave with its whole group.
@@ -154,33 +142,38 @@ class _Slots:
             indices = indices // each * (module.out_channels // module.groups)
             side = "out"
         start = self.start.get((module, side))
-        return np.zeros_like(indices) if start is None else start + indices
+        if start is None:
+            return np.zeros_like(indices)
+        if len(indices) and indices.max() >= dict(_sides(module))[side]:
+            raise IndexError(f"channel {indices.max()} of {self.names[module]}, which has fewer")
+        return start + indices
 
     def join(self, graph: Any) -> None:
-        """Tie all that torch-pruning's groups hold together."""
+        """Tie all that falls together in the graph."""
+        self.joined |= set(graph.module2node)
         covered = np.zeros(self.number, dtype=bool)
-        for module in self.names:
-            if module not in graph.module2node or not isinstance(module, _ConvNd | nn.Linear):
+        for layer in self.names:
+            if layer not in graph.module2node or not isinstance(layer, _ConvNd | nn.Linear):
                 continue
-            pruner = graph.get_pruner_of_module(module)
-            channels = np.arange(pruner.get_out_channels(module))
-            if covered[self.places(module, "out", channels)].all():
+            outputs = np.arange(dict(_sides(layer)).get("out", 0))
+            if covered[self.places(layer, "out", outputs)].all():
                 continue
-            group = graph.get_pruning_group(module, pruner.prune_out_channels, channels.tolist())
-            for item in group:
-                mine, root = self._tie(graph, item, module)
+            for module, side, indices, root in tied_to(graph, layer):
+                mine = self.places(module, side, indices)
                 covered[mine] = True
-                self.ties.append((mine, root))
+                self.ties.append((mine, self.places(layer, "out", root)))
 
-    def _tie(self, graph: Any, item: Any, root: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        dep, indices = item
-        module = dep.target.module
-        if _is_transparent(module):
-            indices = np.zeros(0, dtype=int)
-            return indices, indices
-        out = graph.is_out_channel_pruning_fn(dep.handler)
-        mine = self.places(module, "out" if out else "in", np.array(indices))
-        return mine, self.places(root, "out", np.array(item.root_idxs))
+    def join_what_only_training_runs(self, example: Tensor) -> None:
+        """Tie auxiliary heads; a network that cannot run in training mode here is left as it is."""
+        layers = {module for module, _ in self.start} - self.joined
+        if all(isinstance(layer, NonDynamicallyQuantizableLinear) for layer in layers):
+            return  # these belong to attention, which runs them
+        twice = torch.cat([example, example])  # batch norm does not train on a single value
+        try:
+            graph = follow(self.model, twice, training=True)
+        except Exception:
+            return
+        self.join(graph)
 
     def layers(self, parameters: dict[str, nn.Parameter]) -> list[Found]:
         """The units that can be removed, those that own like slices together."""
@@ -245,7 +238,7 @@ class _Slots:
 
 def _sides(module: nn.Module) -> list[tuple[str, int]]:
     """The sides of a layer on which channels can be cut, and their numbers of channels."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:
+    if isinstance(module, _ConvTransposeNd) and module.groups > 1:
         return []
     if isinstance(module, _ConvNd):
         inputs = [] if module.groups > 1 else [("in", module.in_channels)]
@@ -265,22 +258,7 @@ def _attributes(module: nn.Module, side: str) -> list[tuple[str, int, str]]:
         return [("weight", 0, "scale"), ("bias", 0, "shift")]
     if isinstance(module, nn.PReLU):
         return [("weight", 0, "shift")]
-    flipped = isinstance(module, nn.modules.conv._ConvTransposeNd)  # weight: (in, out, ...)
+    flipped = isinstance(module, _ConvTransposeNd)  # weight: (in, out, ...)
     if side == "in":
         return [("weight", 0 if flipped else 1, "input")]
     return [("weight", 1 if flipped else 0, "weight"), ("bias", 0, "shift")]
-
-
-def _is_transparent(module: Any) -> bool:
-    """Whether channels pass: an operation without parameters, other than the network's output."""
-    from torch_pruning import ops
-
-    if isinstance(module, ops._OutputOp | nn.Parameter | nn.LayerNorm | nn.GroupNorm):
-        return False
-    if isinstance(module, ops._ElementWiseOp) and "norm" in str(module._grad_fn).lower():
-        return False  # torch.nn.functional.layer_norm and its like average over channels
-    if isinstance(module, _NormBase) and not module.affine and module.track_running_stats:
-        return False  # its statistics would have to be cut by a name that no parameter has
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return True
-    return not any(True for _ in module.parameters(recurse=True)) and not _sides(module)

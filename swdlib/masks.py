@@ -170,9 +170,9 @@ def select_units(
 ) -> list[Tensor]:
     """The units to remove, a bool tensor of shape (units,) a group, True where one goes.
 
-    `round(sparsity * weights)` weights go; where units hold several, the fewest that reach it. No
-    layer of more than one unit is emptied while another has units to give. NotFinite, a ValueError,
-    if a score is NaN or infinite; Unreachable if the sparsity is not to be had.
+    `round(sparsity * weights)` weights go; where units hold several, the fewest that reach it. Of
+    units that reach through several layers, each layer keeps its best. NotFinite, a ValueError, if
+    a score is NaN or infinite; Unreachable if the sparsity is not to be had.
     """
     scores = [group.scores(criterion) for group in groups]
     _require_finite(groups, scores)
@@ -180,13 +180,7 @@ def select_units(
     ranks = allocation(groups, scores)
     ranks = [group.protect(rank) for group, rank in zip(groups, ranks, strict=True)]
     chosen = _remove(groups, ranks, count)
-    emptied = [
-        len(c) > 1 and bool(c.all()) and bool(s.any()) for c, s in zip(chosen, scores, strict=True)
-    ]
-    if any(emptied):  # rare: its best unit stays, and of every layer, so that none is next
-        ranks = [_keep_best(r, s) for r, s in zip(ranks, scores, strict=True)]
-        chosen = _remove(groups, ranks, count)
-    if any(emptied) or any(isinstance(group, NofM | Coupled) for group in groups):
+    if any(isinstance(group, NofM | Coupled) for group in groups):
         _require_reached(groups, ranks, chosen, sparsity)
     return chosen
 
@@ -198,12 +192,6 @@ def _remove(groups: Sequence[Group], ranks: Sequence[Tensor], count: int) -> lis
     if all(type(group) is not Tiles and group.size == 1 for group in groups):
         return lowest(ranks, count)
     return lowest_by_sort(ranks, [group.sizes() for group in groups], count)
-
-
-def _keep_best(ranks: Tensor, scores: Tensor) -> Tensor:
-    if len(ranks) < 2 or not bool(scores.any()):
-        return ranks
-    return ranks.index_fill(0, ranks.argmax().unsqueeze(0), math.inf)
 
 
 def _require_reached(
@@ -251,7 +239,7 @@ def select(
 
 
 def removed_weights(groups: Sequence[Group], chosen: Sequence[Tensor]) -> Masks:
-    """Of all that is counted, the weights that leave with the units `chosen`: True where one goes."""
+    """The weights that leave with the units `chosen`, of all that is counted: True where gone."""
     gone: Masks = {}
     for group, units in zip(groups, chosen, strict=True):
         for name, slices in group.removed(units).items():
@@ -281,6 +269,14 @@ def check_mask(name: str, mask: Tensor, parameters: dict[str, nn.Parameter]) -> 
             f"the mask of {name!r} must be bool of shape {tuple(parameters[name].shape)}, "
             f"not {mask.dtype} of shape {tuple(mask.shape)}"
         )
+
+
+def emptied(masks: Masks) -> list[str]:
+    """The names of the parameters of which `masks` keep nothing: what lies behind them is cut off.
+
+    Single weights may empty a layer, and beside a residual connection that does no harm.
+    """
+    return [name for name, mask in masks.items() if mask.numel() and not mask.any()]
 
 
 def sparsity_of(masks: Masks) -> float:

@@ -37,3 +37,13 @@ class Movement:
             "norm_selected": inside**0.5,
             "norm_kept": outside**0.5,
         }
+
+
+def check_units(groups: Sequence[Group], units: Sequence[Tensor]) -> None:
+    """ValueError unless `units` is empty or holds a bool tensor of shape (units,) a group."""
+    if not units:
+        return
+    given = [(tuple(chosen.shape), chosen.dtype) for chosen in units]
+    wanted = [((group.units,), torch.bool) for group in groups]
+    if given != wanted:
+        raise ValueError(f"units must have shapes and types {wanted}, not {given}")

@@ -21,7 +21,7 @@ from swdlib.masks import (
     select,
     select_units,
 )
-from swdlib.movement import Movement
+from swdlib.movement import Movement, check_units
 from swdlib.schedules import Exponential, Schedule, as_schedule
 from swdlib.structures import Structure, weights
 
@@ -246,8 +246,7 @@ class SelectiveWeightDecay:
             raise ValueError(f"masks must be of {sorted(self.parameters)}, not of {sorted(masks)}")
         for name, mask in masks.items():
             check_mask(name, mask, self.parameters)
-        if reported and [len(u) for u in reported] != [group.units for group in self.groups]:
-            raise ValueError("the units last reported are not those of this penalty's structure")
+        check_units(self.groups, reported)
         self.step = step
         self.masks = {n: m.to(self.parameters[n].device, copy=True) for n, m in masks.items()}
         self._movement.units = list(reported)

@@ -53,7 +53,7 @@ class Group:
         return scores
 
     def removed(self, units: Tensor) -> dict[str, Tensor]:
-        """Which weights leave with the `units`, a bool tensor (units,): name -> parameter's shape."""
+        """Which weights leave with `units`, a bool tensor (units,): name -> parameter's shape."""
         rows = units.unsqueeze(1).expand(self.units, self.size)
         return {self.name: rows.reshape(self.parameter.shape)}
 
@@ -171,11 +171,11 @@ class Coupled(Group):
         return sums / weights
 
     def protect(self, scores: Tensor) -> Tensor:
-        """The scores, infinite where a layer has only one unit."""
-        return scores if self.count > 1 else torch.full_like(scores, math.inf)
+        """The scores, infinite for the best unit: a layer of none could not be built."""
+        return scores.index_fill(0, scores.argmax(), math.inf)
 
     def removed(self, units: Tensor) -> dict[str, Tensor]:
-        """Which weights leave with the `units`: name -> bool tensor that broadcasts to its shape."""
+        """Which weights leave with `units`: name -> bool tensor that broadcasts to its shape."""
         gone: dict[str, Tensor] = {}
         extended = torch.cat([units, units.new_zeros(1)])  # -1, of no unit, finds False
         for part in self.parts:
@@ -231,7 +231,7 @@ def blocks(height: int, width: int) -> Structure:
 
 
 def n_of_m(n: int, m: int) -> Structure:
-    """Single weights, at least `n` of each `m` in a row of inputs kept: 2 of 4 is what GPUs speed up.
+    """Single weights, at least `n` of each `m` in a row of inputs kept; GPUs speed up 2 of 4.
 
     Sparsity can reach 1 - n / m and no more. Parameters whose number of inputs `m` does not divide
     are left alone. Source: Mishra et al. 2021, arXiv 2104.08378.

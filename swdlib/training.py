@@ -21,7 +21,7 @@ from tqdm import tqdm
 from swdlib import checkpoints
 from swdlib.devices import Precision, make_accelerator
 from swdlib.evaluation import Data, device_of, means, sums_over_test
-from swdlib.masks import Masks, NotFinite, apply_, find_groups, select, sparsity_of
+from swdlib.masks import Masks, NotFinite, apply_, emptied, find_groups, select, sparsity_of
 from swdlib.metrics import count_correct, parameters, weight_histogram
 from swdlib.recipes import Penalty, Phase, Prune, Train
 from swdlib.structures import is_prunable
@@ -153,7 +153,7 @@ class _Loop:
         groups = find_groups(self.model, phase.structure)
         self.masks |= select(groups, phase.sparsity, phase.criterion, phase.allocation)
         apply_(self.model, self.masks)
-        self._add_row("prune", {})
+        self._add_row("prune", {"emptied": len(emptied(self.masks))})
 
     def _train(self, phase: Train) -> None:
         steps = phase.epochs * self.steps_per_epoch

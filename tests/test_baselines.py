@@ -74,7 +74,12 @@ def test_gradual_pruning_by_hand() -> None:
         [0, 0, 7, 8],
     ]
     assert pruner.masks["weight"].tolist() == [[False, False, True, True]]
-    assert pruner.report() == {"target": 0.5}
+    assert pruner.report() == {
+        "target": 0.5,
+        "selected": 2,
+        "norm_selected": 0.0,
+        "norm_kept": pytest.approx((7**2 + 8**2) ** 0.5),
+    }
 
 
 def test_what_soft_pruning_cuts_may_return() -> None:
@@ -189,7 +194,9 @@ def test_a_run_goes_on_from_a_state_as_if_it_had_not_stopped(soft: bool) -> None
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"step": 1}, r"keys 'step' and 'masks', not \['step'\]"),
+        ({"lr": 1}, r"keys 'step', 'masks', 'chosen' and 'reported', not .*'lr'"),
+        ({"chosen": [torch.ones(3, dtype=torch.bool)]}, "units must have shapes"),
+        ({"reported": [torch.ones(4)]}, "units must have shapes"),
         ({"step": -1, "masks": {}}, "step must be a whole number of 0 or more, not -1"),
         ({"step": 1.5, "masks": {}}, "not 1.5"),
         ({"step": 1, "masks": {"x": torch.ones(1)}}, "mask 'x' fits no parameter"),
@@ -199,8 +206,8 @@ def test_a_run_goes_on_from_a_state_as_if_it_had_not_stopped(soft: bool) -> None
 def test_a_state_that_does_not_fit_is_refused(state: dict[str, Any], message: str) -> None:
     pruner = GradualPruning(four_weights(), sparsity=0.5, steps=4)
     with pytest.raises(ValueError, match=message):
-        pruner.load_state_dict(state)
-    assert pruner.state_dict() == {"step": 0, "masks": {}}
+        pruner.load_state_dict({"step": 1, "masks": {}, "chosen": [], "reported": [], **state})
+    assert pruner.state_dict() == {"step": 0, "masks": {}, "chosen": [], "reported": []}
 
 
 @pytest.mark.parametrize(

@@ -561,7 +561,7 @@ def test_progress_and_schedules() -> None:
     )
     seen = []
     for _ in range(6):
-        seen.append((swd.progress, swd.report()))
+        seen.append((swd.progress, {name: swd.report()[name] for name in ("strength", "target")}))
         swd.advance()
     assert [progress for progress, _ in seen] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert seen[0][1] == {"strength": 0.1, "target": 0.0}
@@ -612,8 +612,8 @@ GOOD = torch.ones(2, 2, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({}, "keys 'step' and 'masks'"),
-        ({"step": 1, "masks": {}, "lr": 1}, "'lr'"),
+        ({"lr": 1}, "keys 'step', 'masks' and 'reported', not .*'lr'"),
+        ({"reported": [GOOD[0]]}, "units must have shapes"),
         ({"step": -1, "masks": {}}, "step must be .* not -1"),
         ({"step": 1.5, "masks": {}}, "step must be .* not 1.5"),
         ({"step": "1", "masks": {}}, "step must be .* not '1'"),
@@ -631,7 +631,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
     swd.advance()
     masks = swd.prune()
     with pytest.raises(ValueError, match=words):
-        swd.load_state_dict(state)
+        swd.load_state_dict({"step": 1, "masks": {}, "reported": [], **state})
+    with pytest.raises(ValueError, match="keys 'step', 'masks' and 'reported'"):
+        swd.load_state_dict({})
     assert swd.step == 1 and swd.masks is masks
 
 

@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "joins": set(),
     "movement": {"masks"},
     "penalties": {"joins", "movement", "schedules"},
-    "baselines": {"joins", "masks", "schedules"},
+    "baselines": {"joins", "movement", "schedules"},
     "recipes": {"baselines", "penalties"},
     "files": set(),
     "images": set(),
