@@ -125,8 +125,10 @@ class _Slots:
         for (module, side), start in self.start.items():
             own = [getattr(module, attribute) for attribute, _, _ in _attributes(module, side)]
             if any(p is not None and uses[id(p)] != 1 for p in own):
-                places = start + np.arange(dict(_sides(module))[side])
-                self.ties.append((places, np.zeros_like(places)))
+                self._hold(start, dict(_sides(module))[side])
+
+    def _hold(self, start: int, size: int) -> None:
+        self.ties.append((start + np.arange(size), np.zeros(size, dtype=int)))
 
     def _tie_groups(self, conv: _ConvNd) -> None:
         # A channel of a grouped convolution can only leave with its whole group.
@@ -144,8 +146,10 @@ class _Slots:
         start = self.start.get((module, side))
         if start is None:
             return np.zeros_like(indices)
-        if len(indices) and indices.max() >= dict(_sides(module))[side]:
-            raise IndexError(f"channel {indices.max()} of {self.names[module]}, which has fewer")
+        size = dict(_sides(module))[side]
+        if indices.max(initial=0) >= size:  # something before it changes the number of channels
+            self._hold(start, size)
+            return np.zeros_like(indices)
         return start + indices
 
     def join(self, graph: Any) -> None:

@@ -16,14 +16,14 @@ from swdlib.records import HISTOGRAM_RANGE
 
 # In the handler, `this` is the slider; its frames are the images beside it.
 _SLIDER = """<figure class="swd-frames" style="margin: 0">
-<label style="display: block">shown: <output>{first}</output>
+<label style="display: block">shown: <b>{first}</b>
 <input type="range" min="0" max="{last}" value="0" style="display: block; width: 100%"
 aria-valuetext="{first}" oninput="
 const figure = this.closest('figure'), frames = figure.querySelectorAll('img');
 frames.forEach((frame, k) => frame.hidden = k != this.value);
 const label = frames[this.value].dataset.label;
 this.setAttribute('aria-valuetext', label);
-figure.querySelector('output').textContent = label;"></label>
+this.previousElementSibling.textContent = label;"></label>
 {frames}</figure>"""
 
 _LIVE_MODEL = """<div class="swd-model" data-problem="{problem}"><p>On the book's page a live model

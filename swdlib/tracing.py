@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 SECONDS = 12.0  # that a search may take: networks that can be followed need two or three
-# Operations, by parts of their names in autograd, that mix channels or change their number.
-OPAQUE = ("norm", "softmax", "glu", "index", "flip", "roll", "shuffle", "bmm", "convolution")
+# Operations, by parts of their names in autograd, that mix channels or change their order.
+OPAQUE = ("norm", "index", "flip", "roll", "shuffle", "bmm", "convolution")
 
 
 def follow(model: nn.Module, example: Tensor, training: bool = False) -> Any:
@@ -54,9 +54,10 @@ def _graph(deadline: float) -> Any:
             return super().get_out_channels(self.in_time(node))
 
         def get_in_channels(self, node: Any) -> Any:
-            shape = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
-            if isinstance(node.module, ops._ReshapeOp) and len(shape) == 4:
-                return shape[1]  # without it, what is concatenated before it is flattened is lost
+            if isinstance(node.module, ops._ReshapeOp):
+                before = _shapes(node.grad_fn)[0]
+                if len(before) > 3:  # else channels that were concatenated before would be lost
+                    return before[1]
             return super().get_in_channels(self.in_time(node))
 
     return Graph()
@@ -81,21 +82,53 @@ def _is_transparent(node: Any) -> bool:
     from torch_pruning import ops
 
     module = node.module
-    if isinstance(module, ops._OutputOp | ops._SplitOp | ops._UnbindOp | nn.Parameter):
+    if isinstance(module, ops._OutputOp | nn.Parameter | nn.LayerNorm | nn.GroupNorm):
         return False
-    if isinstance(module, ops._ElementWiseOp):
-        name = str(module._grad_fn).lower()
-        inside = any(isinstance(after.module, _InstanceNorm) for after in node.outputs)
-        return inside or not any(word in name for word in OPAQUE)
-    if isinstance(module, ops._SliceOp):  # a cut along a map's height or width
-        return module.dim in (2, 3) and len(module.grad_fn._saved_self_sym_sizes) == 4
     if isinstance(module, _NormBase) and not module.affine and module.track_running_stats:
         return False  # its statistics would have to be cut by a name that no parameter has
     if isinstance(module, nn.PReLU):
         return module.num_parameters == 1
-    return not isinstance(module, nn.LayerNorm | nn.GroupNorm) and not any(
-        True for _ in module.parameters()
+    if isinstance(module, ops._ConcatOp) or _in_instance_norm(node):
+        return True
+    mixes = isinstance(module, ops._ElementWiseOp) and any(
+        word in node.grad_fn.name().lower() for word in OPAQUE
     )
+    cuts = isinstance(module, ops._ReshapeOp) and _cuts_up(node.grad_fn)
+    holds = any(True for _ in module.parameters())
+    return not (mixes or cuts or holds or _along_channels(node.grad_fn))
+
+
+def _in_instance_norm(node: Any) -> bool:
+    """Whether it is one of the two steps by which an instance normalisation is computed."""
+    after = [*node.outputs, *(later for out in node.outputs for later in out.outputs)]
+    steps = ("ViewBackward0", "NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+    is_step = node.grad_fn.name() in steps
+    return is_step and any(isinstance(later.module, _InstanceNorm) for later in after)
+
+
+def _shapes(operation: Any) -> tuple[list[int], list[int]]:
+    """The shapes of an operation's first input that is followed, and of its output."""
+    before, number = next(edge for edge in operation.next_functions if edge[0] is not None)
+    return before._input_metadata[number].shape, operation._input_metadata[0].shape
+
+
+def _cuts_up(view: Any) -> bool:
+    """Whether a view cuts channels up: it neither flattens maps nor folds what is around them."""
+    before, after = _shapes(view)
+    flattens = len(after) == 2 and before[0] == after[0]
+    folds = min(len(before), len(after)) <= 3 and before[-1] == after[-1]
+    of_parameter = len(before) == 1
+    return not (flattens or folds or of_parameter or before[1:2] == after[1:2])
+
+
+def _along_channels(operation: Any) -> bool:
+    """Whether an operation along a dimension, a sum or a softmax, is along that of the channels."""
+    dims = getattr(operation, "_saved_dim", None)
+    if dims is None or "queeze" in operation.name():
+        return False
+    rank = len(_shapes(operation)[0])
+    signed = [d if d < rank else d - 2**64 for d in (dims if isinstance(dims, tuple) else (dims,))]
+    return rank != 3 and any(d % rank == 1 for d in signed)  # of three it may be any
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from swdlib import experiments, records
-from swdlib.config import Config
+from swdlib.config import Config, phases_of
 from swdlib.data import load_data
-from swdlib.experiments import build, run
+from swdlib.experiments import build, options_of, run
+from swdlib.images import Dataset, Split
 from swdlib.recipes import RECIPES
 from swdlib.structures import STRUCTURES
+from swdlib.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK: dict[str, Any] = {"epochs": 2, "finetune_epochs": 1, "width": 4}
@@ -148,3 +150,28 @@ def test_a_killed_run_ends_as_an_unbroken_one(recipe: str, tmp_path: Path) -> No
     assert found["config"] == expected["config"]
     weights = [load_file(path.with_suffix(".safetensors")) for path in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.fixture(scope="module")
+def some_of_cifar10(cifar10_folder: Path) -> Dataset:
+    """Return every hundredth image of CIFAR-10: 500 to train, 100 to test."""
+    whole = load_data("cifar10", cifar10_folder)
+    train, test = (Split(s.images[::100], s.labels[::100]) for s in (whole.train, whole.test))
+    return dataclasses.replace(whole, train=train, test=test)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_swd_on_cifar10_with_every_structure(structure: str, some_of_cifar10: Dataset) -> None:
+    model, width = ("mlp", 32) if structure == "channels" else ("resnet20", 4)
+    config = Config(
+        profile="laptop", model=model, structure=structure, sparsity=0.5, epochs=2, width=width
+    )
+    network = build(config, some_of_cifar10)
+    example = some_of_cifar10.test.images[:2].float()
+    phases = phases_of(config, example)
+    rows = train(network, some_of_cifar10, phases, **options_of(config, progress=False))
+    assert 0.5 <= rows[-1]["sparsity"] < 0.53  # a filter holds up to two hundredths
+    assert rows[-1]["parameters"] < sum(p.numel() for p in network.parameters())
+    assert rows[-2]["norm_selected"] < rows[0]["norm_selected"]
+    assert {"entered", "left", "selected", "norm_kept"} <= rows[-2].keys()

@@ -70,7 +70,7 @@ def test_slider_has_a_frame_a_histogram_and_shows_the_first() -> None:
     first, second = images(text)
     assert (first["data-label"], second["data-label"]) == ("epoch 1", "epoch 2")
     assert not first["tag"].endswith(" hidden") and second["tag"].endswith(" hidden")
-    assert 'max="1"' in text and "<output>epoch 1</output>" in text
+    assert 'max="1"' in text and "<b>epoch 1</b>" in text
     for image in (first, second):
         picture = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,"))
         assert b"<svg" in picture and image["data-label"].encode() in picture

@@ -25,7 +25,7 @@
     const [label, values] = RANGES[name];
     const gaps = values.map((value) => Math.abs(Math.log(value / wanted)));
     const start = gaps.indexOf(Math.min(...gaps));
-    return `<label>${label}: <output></output><input type="range" name="${name}" min="0"
+    return `<label>${label}: <b></b><input type="range" name="${name}" min="0"
       max="${values.length - 1}" value="${start}"></label>`;
   };
 
