@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from swdlib.tracing import follow, tied_to
+from swdlib.tracing import follow, sides, tied_to
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class _Slots:
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
         self.joined: set[Any] = set()
         for module in self.names:
-            for side, size in _sides(module):
+            for side, size in sides(module):
                 self.start[module, side] = self.number
                 self.number += size
-            if isinstance(module, _ConvNd) and module.groups > 1 and _sides(module):
+            if isinstance(module, _ConvNd) and module.groups > 1 and sides(module):
                 self._tie_groups(module)
         self._hold_shared()
 
@@ -125,7 +125,7 @@ class _Slots:
         for (module, side), start in self.start.items():
             own = [getattr(module, attribute) for attribute, _, _ in _attributes(module, side)]
             if any(p is not None and uses[id(p)] != 1 for p in own):
-                self._hold(start, dict(_sides(module))[side])
+                self._hold(start, dict(sides(module))[side])
 
     def _hold(self, start: int, size: int) -> None:
         self.ties.append((start + np.arange(size), np.zeros(size, dtype=int)))
@@ -146,7 +146,7 @@ class _Slots:
         start = self.start.get((module, side))
         if start is None:
             return np.zeros_like(indices)
-        size = dict(_sides(module))[side]
+        size = dict(sides(module))[side]
         if indices.max(initial=0) >= size:  # something before it changes the number of channels
             self._hold(start, size)
             return np.zeros_like(indices)
@@ -159,7 +159,7 @@ class _Slots:
         for layer in self.names:
             if layer not in graph.module2node or not isinstance(layer, _ConvNd | nn.Linear):
                 continue
-            outputs = np.arange(dict(_sides(layer)).get("out", 0))
+            outputs = np.arange(dict(sides(layer)).get("out", 0))
             if covered[self.places(layer, "out", outputs)].all():
                 continue
             for module, side, indices, root in tied_to(graph, layer):
@@ -213,7 +213,7 @@ class _Slots:
         found = []
         for (module, side), start in self.start.items():
             name = self.names[module] + "." if self.names[module] else ""
-            owner = unit[start : start + dict(_sides(module))[side]]
+            owner = unit[start : start + dict(sides(module))[side]]
             for attribute, dim, role in _attributes(module, side):
                 if getattr(module, attribute) is not None:
                     found.append((name + attribute, dim, role, owner))
@@ -238,22 +238,6 @@ class _Slots:
         )
         is_filter = any(parameters[name].ndim > 2 for name in made)
         return Found(made[0], "filter" if is_filter else "channel", parts, len(units))
-
-
-def _sides(module: nn.Module) -> list[tuple[str, int]]:
-    """The sides of a layer on which channels can be cut, and their numbers of channels."""
-    if isinstance(module, _ConvTransposeNd) and module.groups > 1:
-        return []
-    if isinstance(module, _ConvNd):
-        inputs = [] if module.groups > 1 else [("in", module.in_channels)]
-        return [("out", module.out_channels), *inputs]
-    if isinstance(module, nn.Linear):
-        return [("out", module.out_features), ("in", module.in_features)]
-    if isinstance(module, _NormBase) and module.affine:
-        return [("out", module.num_features)]
-    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
-        return [("out", module.num_parameters)]
-    return []
 
 
 def _attributes(module: nn.Module, side: str) -> list[tuple[str, int, str]]:

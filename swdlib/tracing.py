@@ -12,11 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 SECONDS = 12.0  # that a search may take: networks that can be followed need two or three
+MOST = 2_000_000  # places that one operation may lead to: all that a network has are fewer
 # Operations, by parts of their names in autograd, that mix channels or change their order.
 OPAQUE = ("norm", "index", "flip", "roll", "shuffle", "bmm", "convolution")
+
+
+def sides(module: nn.Module) -> list[tuple[str, int]]:
+    """The sides of a layer on which channels can be cut, and their numbers of channels."""
+    if isinstance(module, _ConvTransposeNd) and module.groups > 1:
+        return []
+    if isinstance(module, _ConvNd):
+        inputs = [] if module.groups > 1 else [("in", module.in_channels)]
+        return [("out", module.out_channels), *inputs]
+    if isinstance(module, nn.Linear):
+        return [("out", module.out_features), ("in", module.in_features)]
+    if isinstance(module, _NormBase) and module.affine:
+        return [("out", module.num_features)]
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return [("out", module.num_parameters)]
+    return []
 
 
 def follow(model: nn.Module, example: Tensor, training: bool = False) -> Any:
@@ -35,8 +53,10 @@ def follow(model: nn.Module, example: Tensor, training: bool = False) -> Any:
         verbose=False,
     )
     for node in graph.module2node.values():
-        for dependency in node.dependencies:  # the search for a group passes here
-            dependency.index_mapping.append(graph.in_time)
+        node.type = None  # else the shapes would be inferred anew for every layer
+        on = graph.nowhere if _ends(node) else graph.onward
+        for dependency in node.dependencies:  # the search for what is tied passes here
+            dependency.index_mapping.append(on)
     return graph
 
 
@@ -45,20 +65,31 @@ def _graph(deadline: float) -> Any:
     from torch_pruning.dependency import DependencyGraph
 
     class Graph(DependencyGraph):  # the search for shapes passes here, at every step
-        def in_time(self, indices: Any) -> Any:
+        def check_time(self) -> None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no end after {SECONDS:g} seconds")
+
+        def onward(self, indices: list[Any]) -> list[Any]:
+            self.check_time()
+            if len(indices) > MOST:
+                raise OverflowError(f"a channel seems to lead to {len(indices)} places")
             return indices
 
+        def nowhere(self, indices: list[Any]) -> list[Any]:
+            return []
+
         def get_out_channels(self, node: Any) -> Any:
-            return super().get_out_channels(self.in_time(node))
+            self.check_time()
+            return super().get_out_channels(node)
 
         def get_in_channels(self, node: Any) -> Any:
+            self.check_time()
+            known = super().get_in_channels(node)
             if isinstance(node.module, ops._ReshapeOp):
                 before = _shapes(node.grad_fn)[0]
                 if len(before) > 3:  # else channels that were concatenated before would be lost
                     return before[1]
-            return super().get_in_channels(self.in_time(node))
+            return known
 
     return Graph()
 
@@ -66,36 +97,37 @@ def _graph(deadline: float) -> Any:
 def tied_to(graph: Any, layer: nn.Module) -> Iterator[tuple[Any, str, np.ndarray, np.ndarray]]:
     """What falls with the outputs of `layer`: module, its side, indices there, outputs of `layer`.
 
-    A module that is none of the network's layers is a place where channels cannot be removed.
+    A module without sides is a place where channels end, so that they cannot be removed.
     """
     pruner = graph.get_pruner_of_module(layer)
     outputs = list(range(pruner.get_out_channels(layer)))
     for item in graph.get_pruning_group(layer, pruner.prune_out_channels, outputs):
         dependency, indices = item
-        if not _is_transparent(dependency.target):
+        node = dependency.target
+        if _ends(node) or sides(node.module):
             side = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
-            yield dependency.target.module, side, np.array(indices), np.array(item.root_idxs)
+            yield node.module, side, np.array(indices), np.array(item.root_idxs)
 
 
-def _is_transparent(node: Any) -> bool:
-    """Whether channels pass: an operation without parameters, other than the network's output."""
+def _ends(node: Any) -> bool:
+    """Whether channels cannot be followed, or removed, any further: at the output, say."""
     from torch_pruning import ops
 
     module = node.module
-    if isinstance(module, ops._OutputOp | nn.Parameter | nn.LayerNorm | nn.GroupNorm):
-        return False
-    if isinstance(module, _NormBase) and not module.affine and module.track_running_stats:
-        return False  # its statistics would have to be cut by a name that no parameter has
-    if isinstance(module, nn.PReLU):
-        return module.num_parameters == 1
-    if isinstance(module, ops._ConcatOp) or _in_instance_norm(node):
+    if isinstance(module, ops._OutputOp | nn.Parameter):
         return True
+    if isinstance(module, _NormBase) and not module.affine and module.track_running_stats:
+        return True  # its statistics would have to be cut by a name that no parameter has
+    single = isinstance(module, nn.PReLU) and module.num_parameters == 1
+    if sides(module) or single or isinstance(module, ops._ConcatOp) or _in_instance_norm(node):
+        return False
     mixes = isinstance(module, ops._ElementWiseOp) and any(
         word in node.grad_fn.name().lower() for word in OPAQUE
     )
     cuts = isinstance(module, ops._ReshapeOp) and _cuts_up(node.grad_fn)
+    averages = isinstance(module, nn.LayerNorm | nn.GroupNorm)
     holds = any(True for _ in module.parameters())
-    return not (mixes or cuts or holds or _along_channels(node.grad_fn))
+    return averages or holds or mixes or cuts or _along_channels(node.grad_fn)
 
 
 def _in_instance_norm(node: Any) -> bool:

@@ -85,7 +85,7 @@
   const picture = (problem, { points, diverged }) => {
     const drawn = points.slice(0, diverged ?? points.length);
     const line = drawn.map((w) => spot(w).join()).join(" ");
-    return `<svg class="area" x="${EDGE}" width="${SIZE - EDGE}" height="${SIZE - EDGE}"
+    return `<svg class="area" aria-hidden="true" x="${EDGE}" width="${SIZE - EDGE}" height="${SIZE - EDGE}"
       viewBox="${EDGE} 0 ${SIZE - EDGE} ${SIZE - EDGE}">${contours(problem)}
       <polyline points="${line}"/>${marks(problem, drawn)}</svg>${frame()}`;
   };

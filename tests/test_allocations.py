@@ -1,0 +1,77 @@
+"""Allocations: by hand, and exact at any sparsity."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from swdlib.allocations import ALLOCATIONS, erk, together, uniform
+from swdlib.masks import prunable, select, sparsity_of
+from swdlib.structures import Group
+
+
+def group(name: str, values: Tensor) -> Group:
+    return Group(name, nn.Parameter(values))
+
+
+def kept(groups: list[Group], sparsity: float, allocation: str) -> dict[str, int]:
+    masks = select(groups, sparsity, allocation=ALLOCATIONS[allocation])
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+def test_a_layer_of_small_weights_loses_more_only_if_all_rank_together() -> None:
+    small = group("small", torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
+    large = group("large", torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert kept([small, large], 0.5, "global") == {"small": 0, "large": 4}
+    assert kept([small, large], 0.5, "uniform") == {"small": 2, "large": 2}
+    masks = select([small, large], 0.5, allocation=uniform)
+    assert masks["small"].tolist() == [[False, False, True, True]]
+
+
+def test_erk_by_hand() -> None:
+    # (10 + 10) / 100 = 0.2 and (20 + 20) / 400 = 0.1: the first is to be twice as dense.
+    first, second = group("first", torch.rand(10, 10)), group("second", torch.rand(20, 20))
+    assert kept([first, second], 0.88, "erk") == {"first": 20, "second": 40}
+    # At 0.4 the first would have to be 1.0 dense; beyond, it stays whole and the second fills up.
+    assert kept([first, second], 0.4, "erk") == {"first": 100, "second": 200}
+    assert kept([first, second], 0.2, "erk") == {"first": 100, "second": 300}
+
+
+@given(
+    st.sampled_from(sorted(ALLOCATIONS)),
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5),
+    st.floats(0.0, 0.999),
+)
+def test_every_allocation_is_exact(
+    name: str, shapes: list[tuple[int, int]], sparsity: float
+) -> None:
+    torch.manual_seed(0)
+    groups = [group(str(i), torch.randn(shape)) for i, shape in enumerate(shapes)]
+    total = prunable(groups)
+    masks = select(groups, sparsity, allocation=ALLOCATIONS[name])
+    assert sparsity_of(masks) == pytest.approx(round(sparsity * total) / total, abs=1e-12)
+    for g in groups:  # within a layer the largest stay
+        mask, sizes = masks[g.name], g.parameter.detach().abs()
+        if mask.any() and not mask.all():
+            assert sizes[~mask].max() <= sizes[mask].min()
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=5), st.floats(0.0, 0.999))
+def test_uniform_differs_by_less_than_a_weight_from_an_equal_share(
+    sizes: list[int], sparsity: float
+) -> None:
+    torch.manual_seed(0)
+    groups = [group(str(i), torch.randn(1, size)) for i, size in enumerate(sizes)]
+    left = kept(groups, sparsity, "uniform")
+    exact = 1 - round(sparsity * sum(sizes)) / sum(sizes)
+    for i, size in enumerate(sizes):
+        assert abs(left[str(i)] - exact * size) <= 1.0 + 1e-9
+
+
+def test_units_that_must_stay_still_rank_highest() -> None:
+    scores = [torch.tensor([3.0, float("inf"), 1.0])]
+    groups = [group("one", torch.rand(1, 3))]
+    for allocation in (together, uniform, erk):
+        assert allocation(groups, scores)[0].argmax() == 1
+        assert allocation(groups, scores)[0][1].isinf()
