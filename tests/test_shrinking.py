@@ -1,0 +1,265 @@
+"""Shrinking: the smaller network computes what the masked one does, or is refused."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swdlib.allocations import uniform
+from swdlib.graph import Untraceable
+from swdlib.masks import Masks, apply_, find_groups, select, sparsity_of
+from swdlib.models import build_model
+from swdlib.shrinking import Attention, shrink
+from swdlib.structures import channels, filters, filters_and_channels, weights
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Return the model with batch norms and biases as training leaves them: nowhere 0 or 1."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    return model.eval()
+
+
+def masked(model: nn.Module, masks: Masks) -> nn.Module:
+    twin = copy.deepcopy(model)
+    apply_(twin, masks)
+    return twin
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def assert_equal_outputs(small: nn.Module, reference: nn.Module, example: Tensor) -> None:
+    ours, theirs = small(example), reference(example)
+    assert theirs.abs().max() > 0
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, float(theirs.abs().max()))
+
+
+class Split(nn.Module):
+    """Depthwise, grouped and transposed convolutions, a concatenation, a gate, an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.PReLU(8))
+        self.depthwise = nn.Conv2d(8, 16, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(16, 12, 3, padding=1, groups=4)
+        self.norm = nn.BatchNorm2d(28)
+        self.gate = nn.Sequential(nn.Conv2d(28, 5, 1), nn.ReLU(), nn.Conv2d(5, 28, 1))
+        self.up = nn.ConvTranspose2d(28, 6, 2, stride=2)
+        self.side = nn.Conv2d(3, 6, 3, stride=1, padding=1)
+        self.instance = nn.InstanceNorm2d(6, affine=True)
+        self.linear = nn.Linear(6 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.depthwise(self.stem(x))
+        both = self.norm(torch.cat([deep, self.grouped(deep)], 1))
+        gate = torch.sigmoid(self.gate(F.adaptive_avg_pool2d(both, 1)))
+        up = F.avg_pool2d(self.up(both * gate), 2) + self.side(x)
+        return self.linear(F.adaptive_avg_pool2d(self.instance(up).relu(), 4).flatten(1))
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=True)
+    return nn.Sequential(nn.Linear(12, 16), layer, nn.LayerNorm(16), nn.Linear(16, 5))
+
+
+TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: build_model("mlp", channels=1, size=8, width=16), (2, 1, 8, 8)),
+    "cnn": (lambda: build_model("cnn", channels=1, size=8, width=8), (2, 1, 8, 8)),
+    "resnet20": (lambda: build_model("resnet20", width=4), (2, 3, 16, 16)),
+    "split": (Split, (2, 3, 8, 8)),
+    "transformer": (transformer, (2, 7, 12)),
+}
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7])
+def test_outputs_and_count_are_those_of_the_masked_network(name: str, sparsity: float) -> None:
+    build, shape = TOYS[name]
+    model, example = randomised(build()), torch.randn(shape)
+    before = copy.deepcopy(model.state_dict())
+    groups = find_groups(model, filters_and_channels(example))
+    masks = select(groups, sparsity)
+    small = shrink(model, masks, example)
+    assert size(small) == sum(int(mask.sum()) for mask in masks.values())
+    assert sparsity_of(masks) >= sparsity
+    assert_equal_outputs(small, masked(model, masks), example)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_shrunk_network_trains(name: str) -> None:
+    build, shape = TOYS[name]
+    model, example = randomised(build()), torch.randn(shape)
+    masks = select(find_groups(model, filters_and_channels(example)), 0.5)
+    small = shrink(model, masks, example).train()
+    small(example).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
+
+
+def test_the_target_is_met_by_the_fewest_units() -> None:
+    """One unit fewer would leave more parameters than the target allows."""
+    model, example = randomised(build_model("resnet20", width=4)), torch.zeros(1, 3, 16, 16)
+    groups = find_groups(model, filters(example))
+    for sparsity in (0.1, 0.5, 0.8, 0.9):
+        allowed = size(model) - round(sparsity * size(model))
+        small = shrink(model, select(groups, sparsity), example)
+        assert allowed - max(int(g.sizes().max()) for g in groups) < size(small) <= allowed
+
+
+def test_single_weights_shrink_what_nothing_reads() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    masks = select(weights(model), 0.0)
+    masks["4.weight"][:, 2] = False  # nothing reads hidden unit 2 of the second layer,
+    masks["2.weight"][[0, 1, 3, 4], 1] = False  # which alone still reads unit 1 of the first
+    small = shrink(model, masks, torch.randn(2, 4))
+    shapes = [tuple(p.shape) for p in small.parameters()]
+    assert shapes == [(5, 4), (5,), (4, 5), (4,), (3, 4), (3,)]
+    example = torch.randn(7, 4)
+    assert_equal_outputs(small, masked(model, masks), example)
+
+
+def test_a_layer_of_which_nothing_is_read_keeps_one_channel() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    masks = {"2.weight": torch.zeros(3, 6, dtype=torch.bool)}
+    small = shrink(model, masks, torch.randn(2, 4))
+    assert [tuple(p.shape) for p in small.parameters()] == [(1, 4), (1,), (3, 1), (3,)]
+
+
+def test_every_module_keeps_its_mode() -> None:
+    model = randomised(build_model("cnn", channels=1, size=8, width=4)).train()
+    model.get_submodule("1").eval()
+    modes = [module.training for module in model.modules()]
+    example = torch.randn(2, 1, 8, 8)
+    small = shrink(model, select(find_groups(model, filters(example)), 0.5), example)
+    assert [module.training for module in small.modules()] == modes
+    assert [module.training for module in model.modules()] == modes
+
+
+class Shuffle(nn.Module):
+    """Mixes the order of channels in a way that no layer shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.first(x).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        return self.second(maps).mean((2, 3))
+
+
+def test_a_network_that_hides_its_channels_is_refused_or_equal_but_never_wrong() -> None:
+    model, example = Shuffle().eval(), torch.randn(2, 3, 4, 4)
+    masks = select(weights(model), 0.0)
+    masks["second.weight"][:, 1] = False  # reads channel 4 of the first, not channel 1
+    try:
+        small = shrink(model, masks, example)
+    except ValueError:
+        return
+    assert_equal_outputs(small, masked(model, masks), example)
+
+
+def calls(batch_first: bool) -> list[dict[str, Tensor | bool]]:
+    causal = torch.ones(5, 5).triu(1).bool()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    return [
+        {"need_weights": False},
+        {"need_weights": True},
+        {"average_attn_weights": False},
+        {"attn_mask": causal},
+        {"attn_mask": torch.randn(5, 5)},
+        {"key_padding_mask": padding},
+        {"attn_mask": torch.randn(8, 5, 5), "key_padding_mask": padding.float()},
+    ]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("call", range(7))
+def test_attention_is_called_like_the_original(batch_first: bool, call: int) -> None:
+    torch.manual_seed(0)
+    original = nn.MultiheadAttention(12, 4, batch_first=batch_first).eval()
+    inputs = [torch.randn((2, 5, 12) if batch_first else (5, 2, 12)) for _ in range(3)]
+    options = calls(batch_first)[call]
+    ours, our_weights = Attention(original)(*inputs, **options)
+    theirs, their_weights = original(*inputs, **options)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(our_weights, their_weights)
+
+
+def test_unbatched_attention() -> None:
+    torch.manual_seed(0)
+    original = nn.MultiheadAttention(12, 4).eval()
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(Attention(original)(x, x, x), original(x, x, x))
+
+
+def test_heads_are_removed() -> None:
+    model, example = randomised(transformer()), torch.randn(2, 7, 12)
+    groups = [g for g in find_groups(model, channels(example)) if "attn" in g.name]
+    assert [g.units for g in groups] == [4]
+    masks = select(groups, 0.2)
+    small = shrink(model, masks, example)
+    attention = small.get_submodule("1.self_attn")
+    assert isinstance(attention, Attention) and attention.num_heads < 4
+    assert_equal_outputs(small, masked(model, masks), torch.randn(3, 9, 12))
+
+
+# Torchvision's networks: the size of an image that is enough for each.
+NETWORKS = {
+    "resnet18": 64,
+    "resnet50": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "efficientnet_b0": 64,
+    "densenet121": 64,
+    "googlenet": 64,
+    "regnet_y_400mf": 64,
+    "convnext_tiny": 64,
+    "vgg11_bn": 64,
+    "vit_b_16": 224,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torchvision_networks_shrink(name: str) -> None:
+    torch.manual_seed(0)
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = randomised(torchvision.models.get_model(name, weights=None, **options))
+    if name == "vit_b_16":
+        nn.init.normal_(model.get_parameter("heads.head.weight"))  # it is zero to begin with
+    example = torch.randn(2, 3, NETWORKS[name], NETWORKS[name])
+    groups = find_groups(model, filters_and_channels(example))
+    for sparsity in (0.3, 0.6, 0.9):
+        masks = select(groups, sparsity, allocation=uniform)
+        small = shrink(model, masks, example)
+        kept = sum(int(mask.sum()) for mask in masks.values())
+        assert size(small) == kept <= (1 - sparsity) * size(model) + 0.5
+        assert_equal_outputs(small, masked(model, masks), example)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shufflenet_v2_x1_0", "swin_t"])
+def test_networks_that_cannot_be_followed_are_refused_in_time_or_shrink(name: str) -> None:
+    model = randomised(torchvision.models.get_model(name, weights=None))
+    example = torch.randn(1, 3, 224, 224)
+    try:
+        groups = find_groups(model, filters_and_channels(example))
+    except Untraceable as error:
+        assert "structures that need no graph work on it" in str(error)
+        return
+    masks = select(groups, 0.1)
+    assert_equal_outputs(shrink(model, masks, example), masked(model, masks), example)
