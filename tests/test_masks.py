@@ -11,9 +11,11 @@ from swdlib import masks as masks_module
 from swdlib.criteria import magnitude
 from swdlib.masks import (
     NotFinite,
+    Unreachable,
     apply_,
     check_mask,
     check_sparsity,
+    emptied,
     find_groups,
     lowest,
     lowest_by_sort,
@@ -22,7 +24,7 @@ from swdlib.masks import (
     select_units,
     sparsity_of,
 )
-from swdlib.structures import STRUCTURES, Group, Structure, kernels, weights
+from swdlib.structures import STRUCTURES, Group, kernels, weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Ties, zeros of both signs, denormals of each dtype, and values that differ by one rounding.
@@ -149,38 +151,55 @@ def test_units_removed_are_the_fewest_lowest_that_reach_the_target(
         assert scores[taken].max() <= scores[~taken].min()
 
 
-structures = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
+structures = pytest.mark.parametrize("name", STRUCTURES)
+# The most that these can remove of the network below: something has to stay of each layer, or of
+# each four weights.
+MOST = {"filters": 0.7, "channels": 0.3, "filters_and_channels": 0.9, "2_of_4": 0.5}
 
 
-def small_network() -> nn.Module:
+def small_groups(name: str) -> tuple[nn.Module, list[Group]]:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    model = nn.Sequential(
+        *(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten()),
+        *(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)),
+    )
+    return model, find_groups(model, STRUCTURES[name](torch.zeros(1, 4, 5, 5)))
 
 
 @structures
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_contract_of_selection(structure: Structure, sparsity: float) -> None:
-    model = small_network()
-    groups = find_groups(model, structure)
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
+def test_contract_of_selection(name: str, sparsity: float) -> None:
+    if sparsity > MOST.get(name, 1.0):
+        with pytest.raises(Unreachable, match="can remove at most"):
+            select(small_groups(name)[1], sparsity)
+        return
+    model, groups = small_groups(name)
     masks = select(groups, sparsity)
-    assert masks.keys() == {group.name for group in groups}
-    for name, mask in masks.items():
-        check_mask(name, mask, dict(model.named_parameters()))
+    for parameter, mask in masks.items():
+        check_mask(parameter, mask, dict(model.named_parameters()))
     surplus = sparsity_of(masks) * prunable(groups) - round(sparsity * prunable(groups))
-    assert -1e-6 < surplus < max(group.size for group in groups)
-    units = [masks[g.name].reshape(g.units, -1)[:, 0] for g in groups]
+    assert -1e-6 < surplus < max(int(group.sizes().max()) for group in groups)
+
+
+@pytest.mark.parametrize("name", ["weights", "kernels", "blocks"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_no_unit_that_stays_ranks_below_one_that_goes(name: str, sparsity: float) -> None:
+    groups = small_groups(name)[1]
+    gone = torch.cat(select_units(groups, sparsity, magnitude))
     scores = torch.cat([group.scores(magnitude) for group in groups])
-    kept, cut = scores[torch.cat(units)].tolist(), scores[~torch.cat(units)].tolist()
+    kept, cut = scores[~gone].tolist(), scores[gone].tolist()
     assert max(cut, default=0.0) <= min(kept, default=math.inf)
 
 
 @structures
-def test_masks_of_a_rising_sparsity_are_nested(structure: Structure) -> None:
-    groups = find_groups(small_network(), structure)
-    rising = [select(groups, sparsity) for sparsity in (0.0, 0.2, 0.21, 0.5, 0.9, 0.98)]
+def test_masks_of_a_rising_sparsity_are_nested(name: str) -> None:
+    groups = small_groups(name)[1]
+    shares = (0.0, 0.2, 0.21, 0.5, 0.9, 0.98)
+    rising = [select(groups, share * MOST.get(name, 1.0)) for share in shares]
     for denser, sparser in pairwise(rising):
-        assert all((sparser[name] <= denser[name]).all() for name in denser)
-        assert sparsity_of(sparser) > sparsity_of(denser)
+        assert all((sparser[parameter] <= denser[parameter]).all() for parameter in denser)
+        assert sparsity_of(sparser) >= sparsity_of(denser)
+    assert sparsity_of(rising[-1]) > sparsity_of(rising[1]) > 0
 
 
 def test_select_by_hand() -> None:
@@ -285,3 +304,8 @@ def test_a_sample_that_misleads_costs_no_exactness(monkeypatch: pytest.MonkeyPat
         ends = torch.tensor(low), torch.tensor(high)
         monkeypatch.setattr(masks_module, "_bracket", lambda flat, count, ends=ends: ends)
         assert [lowest(scores, count)[0].tolist() for count in range(6)] == right
+
+
+def test_emptied_names_parameters_of_which_nothing_stays() -> None:
+    some, none = torch.tensor([True, False]), torch.tensor([False, False])
+    assert emptied({"a": some, "b": none, "c": torch.ones(0, dtype=torch.bool)}) == ["b"]
