@@ -1,16 +1,16 @@
 """Shrinking: from a masked network to one that is physically smaller and computes the same."""
 
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from swdlib.attention import Attention
 from swdlib.graph import Found, find_attentions, trace_units
 from swdlib.masks import Masks, apply_
+from swdlib.tracing import tensors_of
 
 TOLERANCE = 1e-4
 
@@ -155,73 +155,6 @@ def _require_equal(small: nn.Module, masked: nn.Module, example: Tensor) -> None
 
 
 def _difference(small: nn.Module, masked: nn.Module, example: Tensor) -> tuple[float, float]:
-    ours, theirs = (_tensors(network(example)) for network in (small, masked))
+    ours, theirs = (tensors_of(network(example)) for network in (small, masked))
     differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
     return max(differences), max(float(t.abs().max()) for t in theirs)
-
-
-def _tensors(output: object) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output
-    return [v for v in values if isinstance(v, Tensor)]  # type: ignore[attr-defined]
-
-
-class Attention(nn.Module):
-    """What is left of a torch.nn.MultiheadAttention some of whose heads were removed.
-
-    It is called like the original; there the width of all heads together has to be the input's.
-    """
-
-    _qkv_same_embed_dim = False  # keeps torch.nn.TransformerEncoderLayer off its fused path
-
-    def __init__(self, cut: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.head_dim, self.dropout, self.batch_first = cut.head_dim, cut.dropout, cut.batch_first
-        self.num_heads = len(cut.in_proj_weight) // (3 * cut.head_dim)
-        self.in_proj_weight, self.in_proj_bias = cut.in_proj_weight, cut.in_proj_bias
-        self.out_proj = cut.out_proj
-        self.training = cut.training
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The attended values and, if wanted, the weights of attention, as the original's."""
-        inputs = [query, key, value]
-        if query.ndim == 3 and not self.batch_first:
-            inputs = [x.transpose(0, 1) for x in inputs]
-        q, k, v = (self._heads(x, i) for i, x in enumerate(inputs))
-        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
-        for mask in (attn_mask, key_padding_mask):
-            if mask is not None:
-                scores = scores + self._added(mask, scores, keys=mask is key_padding_mask)
-        attention = F.dropout(scores.softmax(-1), self.dropout, self.training)
-        out = self.out_proj((attention @ v).transpose(-3, -2).flatten(-2))
-        if query.ndim == 3 and not self.batch_first:
-            out = out.transpose(0, 1)
-        if not need_weights:
-            return out, None
-        return out, attention.mean(-3) if average_attn_weights else attention
-
-    def _heads(self, x: Tensor, third: int) -> Tensor:
-        """The query, key or value of each head, shape (..., heads, length, head_dim)."""
-        weight = self.in_proj_weight.chunk(3)[third]
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[third]
-        heads = F.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim))
-        return heads.transpose(-3, -2)
-
-    def _added(self, mask: Tensor, scores: Tensor, keys: bool) -> Tensor:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -math.inf)
-        if keys:
-            return mask[..., None, None, :]
-        # A mask a head is not told which heads are left: one for all of them is.
-        return mask if mask.ndim == 2 else mask.unflatten(0, (-1, self.num_heads))

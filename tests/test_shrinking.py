@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swdlib.allocations import uniform
+from swdlib.attention import Attention
 from swdlib.graph import Untraceable
 from swdlib.masks import Masks, apply_, find_groups, select, sparsity_of
 from swdlib.models import build_model
-from swdlib.shrinking import Attention, shrink
+from swdlib.shrinking import shrink
 from swdlib.structures import channels, filters, filters_and_channels, weights
 
 
@@ -170,40 +171,6 @@ def test_a_network_that_hides_its_channels_is_refused_or_equal_but_never_wrong()
     except ValueError:
         return
     assert_equal_outputs(small, masked(model, masks), example)
-
-
-def calls(batch_first: bool) -> list[dict[str, Tensor | bool]]:
-    causal = torch.ones(5, 5).triu(1).bool()
-    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    return [
-        {"need_weights": False},
-        {"need_weights": True},
-        {"average_attn_weights": False},
-        {"attn_mask": causal},
-        {"attn_mask": torch.randn(5, 5)},
-        {"key_padding_mask": padding},
-        {"attn_mask": torch.randn(8, 5, 5), "key_padding_mask": padding.float()},
-    ]
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("call", range(7))
-def test_attention_is_called_like_the_original(batch_first: bool, call: int) -> None:
-    torch.manual_seed(0)
-    original = nn.MultiheadAttention(12, 4, batch_first=batch_first).eval()
-    inputs = [torch.randn((2, 5, 12) if batch_first else (5, 2, 12)) for _ in range(3)]
-    options = calls(batch_first)[call]
-    ours, our_weights = Attention(original)(*inputs, **options)
-    theirs, their_weights = original(*inputs, **options)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(our_weights, their_weights)
-
-
-def test_unbatched_attention() -> None:
-    torch.manual_seed(0)
-    original = nn.MultiheadAttention(12, 4).eval()
-    x = torch.randn(5, 12)
-    torch.testing.assert_close(Attention(original)(x, x, x), original(x, x, x))
 
 
 def test_heads_are_removed() -> None:
