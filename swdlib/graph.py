@@ -93,8 +93,10 @@ def find_attentions(model: nn.Module) -> list[Found]:
 
 def _is_plain(attention: nn.MultiheadAttention) -> bool:
     """Whether it projects queries, keys and values alike and appends nothing to them."""
+    if type(attention) is not nn.MultiheadAttention or attention.in_proj_weight is None:
+        return False
     appends = attention.bias_k is not None or attention.add_zero_attn
-    return attention.in_proj_weight is not None and not appends
+    return isinstance(attention.out_proj.weight, nn.Parameter) and not appends
 
 
 class _Slots:

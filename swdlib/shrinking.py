@@ -1,18 +1,20 @@
 """Shrinking: from a masked network to one that is physically smaller and computes the same."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from swdlib.attention import Attention
 from swdlib.graph import Found, find_attentions, trace_units
 from swdlib.masks import Masks, apply_
 from swdlib.tracing import tensors_of
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the largest output; in half precision four of its roundings
 
 
 def shrink(model: nn.Module, masks: Masks, example: Tensor) -> nn.Module:
@@ -20,8 +22,9 @@ def shrink(model: nn.Module, masks: Masks, example: Tensor) -> nn.Module:
 
     `example` is an input of the model. Any masks will do: of filters, or of single weights, of
     which enough must be gone. The outputs in evaluation mode are those of the masked model, which
-    is checked on `example`. A layer keeps at least one channel. Raises Untraceable for a model that
-    cannot be followed, and ValueError if the smaller one would compute something else.
+    is checked on `example`, or on noise of its shape where it is constant. A layer keeps at least
+    one channel. Raises Untraceable for a model that cannot be followed, and ValueError if the
+    smaller one would compute something else.
     """
     masked = copy.deepcopy(model)
     apply_(masked, masks)
@@ -100,13 +103,16 @@ def _cut(model: nn.Module, kept: dict[tuple[str, int], Tensor]) -> None:
                 if getattr(module, buffer) is not None:
                     _cut_tensor(module, buffer, 0, mine["weight", 0])
         if isinstance(module, nn.MultiheadAttention) and mine:
-            _replace(model, name, Attention(module))
+            _replace(model, module)
         _tell_sizes(module, before)
 
 
 def _cut_tensor(module: nn.Module, name: str, dim: int, slices: Tensor) -> None:
     tensor = getattr(module, name)
-    smaller = tensor.detach().index_select(dim, slices.to(tensor.device)).clone()
+    smaller = tensor.detach().index_select(dim, slices.to(tensor.device))
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    smaller = smaller.clone(memory_format=layout)
     if isinstance(tensor, nn.Parameter):
         smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
     setattr(module, name, smaller)
@@ -129,16 +135,26 @@ def _tell_sizes(module: nn.Module, outputs_before: int) -> None:
         module.num_parameters = len(module.weight)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+def _replace(model: nn.Module, attention: nn.MultiheadAttention) -> None:
+    """Put an Attention where heads were removed, wherever the original stands."""
+    if len(attention.in_proj_weight) == 3 * attention.embed_dim:
+        return
+    left = Attention(attention)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is attention:
+                setattr(parent, name, left)
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False  # these are for its fused path
 
 
 @torch.no_grad()
 def _require_equal(small: nn.Module, masked: nn.Module, example: Tensor) -> None:
     modes = {module: module.training for net in (small, masked) for module in net.modules()}
+    plain = [m for m in small.modules() if isinstance(m, _InstanceNorm) and not m.affine]
+    hooks = [module.register_forward_pre_hook(_tell_features) for module in plain]
     try:
-        difference, size = _difference(small.eval(), masked.eval(), example)
+        difference, limit = _difference(small.eval(), masked.eval(), _telling(example))
     except Exception as error:  # the network's own code may rely on a size that has changed
         raise ValueError(
             f"{type(masked).__name__} does not run once its channels are removed: {error}"
@@ -146,15 +162,37 @@ def _require_equal(small: nn.Module, masked: nn.Module, example: Tensor) -> None
     finally:
         for module, training in modes.items():
             module.training = training
-    if not difference <= TOLERANCE * max(1.0, size):
+        for hook in hooks:
+            hook.remove()
+    if not difference <= limit:
         raise ValueError(
             f"without its masked channels {type(masked).__name__} computes something else: outputs "
-            f"of up to {size:g} differ by {difference:g}; it does something to channels that its "
-            "graph does not show"
+            f"differ by {difference:g}, where {limit:g} would be rounding; it does something to "
+            "channels that its graph does not show"
         )
 
 
+def _tell_features(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+    # An instance norm without parameters is cut nowhere, but warns of a number that is not its own.
+    norm.num_features = inputs[0].shape[-norm._get_no_batch_dim()]
+
+
+def _telling(example: Tensor) -> Tensor:
+    """The example; noise instead of a constant one, which may leave much of a network at zero."""
+    if not example.is_floating_point() or example.min() != example.max():
+        return example
+    noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(example)
+
+
 def _difference(small: nn.Module, masked: nn.Module, example: Tensor) -> tuple[float, float]:
+    """The largest difference between the outputs, and what rounding may make of it."""
     ours, theirs = (tensors_of(network(example)) for network in (small, masked))
-    differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
-    return max(differences), max(float(t.abs().max()) for t in theirs)
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise ValueError("its outputs have other shapes")
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b.is_floating_point()]
+    differences = [float((a - b).abs().max()) for a, b in pairs if b.numel()]
+    sizes = [float(b.abs().max()) for _, b in pairs if b.numel()]
+    roundings = [4 * torch.finfo(b.dtype).eps for _, b in pairs]
+    limit = max([TOLERANCE, *roundings]) * max([1.0, *sizes])
+    return float(torch.tensor([0.0, *differences]).max()), limit  # NaN if there is one

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from swdlib import tracing
 from swdlib.graph import Found, Untraceable, find_attentions, trace_units
+from tests.toys import TOYS, build
 
 
 def by_name(found: list[Found]) -> dict[str, tuple[str, int, set[tuple[str, int, str]]]]:
@@ -54,6 +55,78 @@ def test_a_grouped_convolution_loses_whole_groups() -> None:
     kind, count, parts = layers["0.weight"]
     assert (kind, count) == ("filter", 3)
     assert ("1.weight", 0, "weight") in parts and ("2.weight", 1, "input") in parts
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_units_of_toys_by_hand(name: str) -> None:
+    model, example = build(name)
+    found = [*trace_units(model, example), *find_attentions(model)]
+    assert {layer.name: layer.count for layer in found} == TOYS[name].units
+    assert len(found) == len(TOYS[name].units)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_units_are_disjoint_slices_of_parameters(name: str) -> None:
+    model, example = build(name)
+    parameters = dict(model.named_parameters())
+    seen: dict[tuple[str, int], Tensor] = {}
+    for layer in [*trace_units(model, example), *find_attentions(model)]:
+        for part in layer.parts:
+            assert part.parameter is parameters[part.name]
+            assert part.units.shape == (part.parameter.shape[part.dim],)
+            each = part.units[part.units >= 0].bincount(minlength=layer.count)
+            assert len(each) == layer.count and each.min() == each.max() > 0
+            mine = (part.units >= 0).int()
+            seen[part.name, part.dim] = seen.get((part.name, part.dim), 0) + mine
+    assert all(int(owners.max()) == 1 for owners in seen.values())
+
+
+FIRST = {("a.weight", 0, "weight"), ("a.bias", 0, "shift")}
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("maps", {("b.weight", 1, "input")}),
+        (
+            "depthwise",
+            {("d.weight", 0, "weight"), ("d.bias", 0, "shift"), ("b.weight", 1, "input")},
+        ),
+        ("transposed", {("d.weight", 0, "input")}),
+        ("prelu of every channel", {("act.weight", 0, "shift"), ("b.weight", 1, "input")}),
+        ("prelu of all channels", {("b.weight", 1, "input")}),
+        (
+            "instance norm",
+            {("norm.weight", 0, "scale"), ("norm.bias", 0, "shift"), ("b.weight", 1, "input")},
+        ),
+        ("instance norm without parameters", {("b.weight", 1, "input")}),
+        ("auxiliary head", {("norm.weight", 0, "scale"), ("norm.bias", 0, "shift")}),
+        ("concatenated with the input", {("b.weight", 1, "input")}),
+    ],
+)
+def test_what_a_filter_takes_along(name: str, more: set[tuple[str, int, str]]) -> None:
+    model, example = build(name)
+    parts = by_name(trace_units(model, example))["a.weight"][2]
+    if name == "auxiliary head":  # both heads read it, though only training runs the second
+        more = more | {("b.weight", 1, "input"), ("aux.weight", 1, "input")}
+    assert parts == FIRST | more
+
+
+def test_channels_beside_the_input_are_read_after_it() -> None:
+    model, example = build("concatenated with the input")
+    first = next(f for f in trace_units(model, example) if f.name == "a.weight")
+    (read,) = [part for part in first.parts if part.role == "input"]
+    assert read.units.tolist() == [-1, -1, -1, 0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_attention_that_is_not_torchs_own_has_no_heads() -> None:
+    class Own(nn.MultiheadAttention):
+        pass
+
+    assert find_attentions(Own(8, 2)) == []
+    computed = nn.MultiheadAttention(8, 2)
+    nn.utils.parametrizations.weight_norm(computed.out_proj)
+    assert find_attentions(computed) == []
 
 
 class Concatenation(nn.Module):

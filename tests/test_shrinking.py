@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from swdlib.allocations import uniform
 from swdlib.attention import Attention
-from swdlib.graph import Untraceable
-from swdlib.masks import Masks, apply_, find_groups, select, sparsity_of
+from swdlib.graph import Untraceable, find_attentions, trace_units
+from swdlib.masks import Masks, apply_, find_groups, removed_weights, select, sparsity_of
 from swdlib.models import build_model
 from swdlib.shrinking import shrink
 from swdlib.structures import channels, filters, filters_and_channels, weights
+from swdlib.tracing import tensors_of
+from tests import toys
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -140,6 +142,16 @@ def test_a_layer_of_which_nothing_is_read_keeps_one_channel() -> None:
     assert [tuple(p.shape) for p in small.parameters()] == [(1, 4), (1,), (3, 1), (3,)]
 
 
+def test_weights_stay_channels_last() -> None:
+    example = torch.randn(2, 3, 8, 8)
+    model = randomised(build_model("cnn", width=8)).to(memory_format=torch.channels_last)
+    masks = select(find_groups(model, filters(example)), 0.6)
+    small = shrink(model, masks, example)
+    convolutions = [p for p in small.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+    assert_equal_outputs(small, masked(model, masks), example)
+
+
 def test_every_module_keeps_its_mode() -> None:
     model = randomised(build_model("cnn", channels=1, size=8, width=4)).train()
     model.get_submodule("1").eval()
@@ -182,6 +194,183 @@ def test_heads_are_removed() -> None:
     attention = small.get_submodule("1.self_attn")
     assert isinstance(attention, Attention) and attention.num_heads < 4
     assert_equal_outputs(small, masked(model, masks), torch.randn(3, 9, 12))
+
+
+def halved(model: nn.Module, example: Tensor) -> Masks:
+    """Return masks that remove half of the units of each layer, drawn at random."""
+    masks = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
+    for layer in [*trace_units(model, example), *find_attentions(model)]:
+        gone = torch.randperm(layer.count) < layer.count // 2
+        for part in layer.parts:
+            slices = torch.cat([gone, torch.zeros(1, dtype=torch.bool)])[part.units]
+            masks[part.name].movedim(part.dim, 0)[slices] = False
+    return masks
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", toys.TOYS)
+@torch.no_grad()
+def test_toys_shrink_by_any_of_their_units(name: str, dtype: torch.dtype, near: float) -> None:
+    model, example = toys.build(name, dtype)
+    masks = halved(model, example)
+    small = shrink(model, masks, example)
+    assert size(small) == sum(int(mask.sum()) for mask in masks.values())
+    assert (size(small) < size(model)) == bool(toys.TOYS[name].units)
+    more = torch.randn(3, *example.shape[1:], dtype=dtype)
+    pairs = zip(*(tensors_of(net(more)) for net in (small, masked(model, masks))), strict=True)
+    for ours, theirs in pairs:
+        assert float(theirs.std()) > 0
+        assert float((ours - theirs).abs().max()) <= near * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", toys.TOYS)
+def test_shrunk_toys_train(name: str) -> None:
+    model, example = toys.build(name)
+    small = shrink(model, halved(model, example), example).train()
+    torch.stack([t.square().mean() for t in tensors_of(small(example))]).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in small.parameters())
+    assert any(p.grad is not None for p in small.parameters())
+    names = [name for name, _ in small.named_parameters()]
+    assert names == [name for name, _ in model.named_parameters()]
+    assert small.state_dict().keys() == model.state_dict().keys()
+
+
+class Hidden(nn.Module):
+    """A sum over channels whose weights no parameter and no layer holds."""
+
+    def __init__(self, detached: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 4)
+        self.detached = detached
+        self.register_buffer("weight", torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        aside = hidden.detach() @ self.weight if self.detached else hidden * self.weight
+        return self.second(hidden) + aside[:, None] if self.detached else self.second(aside)
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_what_the_graph_does_not_show_is_found_by_running_the_network(detached: bool) -> None:
+    torch.manual_seed(0)
+    model, example = Hidden(detached), torch.randn(2, 3)
+    masks = select(find_groups(model, channels(example)), 0.4)
+    with pytest.raises(ValueError, match="Hidden does not run once its channels are removed"):
+        shrink(model, masks, example)
+
+
+class Counted(nn.Module):
+    """Its output depends on how many channels there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden) * hidden.shape[1]
+
+
+@pytest.mark.parametrize("example", [torch.randn(2, 3), torch.zeros(2, 3), torch.ones(2, 3)])
+def test_other_outputs_are_refused_whatever_the_example(example: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Counted()
+    model.first.bias.data.zero_()
+    model.second.bias.data.zero_()  # so that zeros, put in, would stay zeros
+    masks = select(find_groups(model, channels(example)), 0.4)
+    with pytest.raises(ValueError, match=r"Counted computes something else: .* its graph does not"):
+        shrink(model, masks, example)
+
+
+class Overflows(nn.Module):
+    """A second output that is not a number if the first layer has fewer than eight outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(x)
+        return self.second(hidden), x + (0.0 if hidden.shape[1] == 8 else torch.nan)
+
+
+def test_an_output_that_is_no_number_is_refused() -> None:
+    model, example = Overflows(), torch.randn(2, 3)
+    masks = select(find_groups(model, channels(example)), 0.4)
+    with pytest.raises(ValueError, match="Overflows computes something else"):
+        shrink(model, masks, example)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_but_shrinks(dtype: torch.dtype) -> None:
+    model, example = toys.build("residual", dtype)
+    masks = halved(model, example)
+    small = shrink(model, masks, example)
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    torch.testing.assert_close(small(example), masked(model, masks)(example), atol=0.02, rtol=0.02)
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model, example = toys.build("maps")
+    masks = halved(model, example)
+    model.get_parameter("b.weight").requires_grad_(False)
+    small = shrink(model, masks, example)
+    frozen = [name for name, p in small.named_parameters() if not p.requires_grad]
+    assert frozen == ["b.weight"]
+
+
+def encoder(layers: int = 2) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True)
+    return nn.TransformerEncoder(layer, layers).eval(), torch.randn(2, 6, 8)
+
+
+def without_heads(model: nn.Module, example: Tensor) -> Masks:
+    heads = [g for g in find_groups(model, channels(example)) if g.units == 4]
+    chosen = [torch.tensor([True, False, True, False]) for _ in heads]
+    return {name: ~gone for name, gone in removed_weights(heads, chosen).items()}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # which packs the padded
+@pytest.mark.parametrize("padded", [True, False])
+def test_encoders_run_on_without_their_fused_path(padded: bool) -> None:
+    """In evaluation torch reads the weights of a whole layer, and packs what is not padded."""
+    model, example = encoder()
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2]) if padded else None
+    masks = without_heads(model, example)
+    small = shrink(model, masks, example)
+    assert all(small.get_submodule(f"layers.{i}.self_attn").num_heads == 2 for i in range(2))
+    ours = small(example, src_key_padding_mask=padding)
+    theirs = masked(model, masks)(example, src_key_padding_mask=padding)
+    kept = torch.ones(2, 6, dtype=torch.bool) if padding is None else ~padding
+    torch.testing.assert_close(ours[kept], theirs[kept])
+
+
+def test_an_attention_that_keeps_all_heads_stays_as_it_is() -> None:
+    model, example = encoder(1)
+    masks = select([g for g in find_groups(model, channels(example)) if g.units == 12], 0.2)
+    attention = shrink(model, masks, example).get_submodule("layers.0.self_attn")
+    assert type(attention) is nn.MultiheadAttention
+
+
+def test_a_mask_for_heads_that_are_gone_is_refused() -> None:
+    model, example = encoder(1)
+    small = shrink(model, without_heads(model, example), example)
+    with pytest.raises(ValueError, match=r"each of 8 heads of the batch, but 4 are left"):
+        small(example, mask=torch.zeros(8, 6, 6))
+
+
+def test_an_attention_used_in_two_places_is_replaced_in_both() -> None:
+    layer = nn.MultiheadAttention(8, 4, batch_first=True)
+    model = toys.Net(
+        lambda net, x: net.second(*[net.first(x, x, x)[0]] * 3)[0], first=layer, second=layer
+    ).eval()
+    example = torch.randn(2, 5, 8)
+    masks = without_heads(model, example)
+    small = shrink(model, masks, example)
+    assert small.get_submodule("first") is small.get_submodule("second")
+    assert_equal_outputs(small, masked(model, masks), example)
 
 
 # Torchvision's networks: the size of an image that is enough for each.
