@@ -129,6 +129,8 @@ class GradualPruning(_Joined):
     @torch.no_grad()
     def _after(self) -> None:
         self.step += 1
+        if not self.soft:  # first: the step has moved what is masked, which must not rank by that
+            apply_(self.model, self.masks)
         if self.step % self.every == 0 or self.step == self.steps:
             self.masks = self._choose()
         elif self.soft:

@@ -82,6 +82,18 @@ def test_gradual_pruning_by_hand() -> None:
     }
 
 
+def test_what_hard_pruning_cuts_does_not_return_however_large_its_gradient() -> None:
+    model = four_weights()
+    pruner = GradualPruning(model, sparsity=Linear(0.0, 0.5), steps=4, every=1)
+    optimizer = SGD(model.parameters(), lr=1.0, momentum=0.9)
+    pruner.attach(optimizer)
+    for step in range(1, 9):
+        model.weight.grad = torch.tensor([[-1e3, 0.0, 0.0, 0.0]] if step > 2 else [[0.0] * 4])
+        optimizer.step()
+        assert step < 2 or not pruner.masks["weight"][0, 0]
+    assert model.weight.tolist() == [[0, 0, 3, 4]]
+
+
 def test_what_soft_pruning_cuts_may_return() -> None:
     rising = Linear(0.0, 0.5)
     pruner = GradualPruning(four_weights(), sparsity=rising, steps=4, every=2, soft=True)
