@@ -208,8 +208,9 @@ def _require_reached(
     free = [~rank.isinf() for rank in ranks]
     removed = removed_weights(groups, free)
     most = sum(int(gone.sum()) for gone in removed.values()) / prunable(groups)
+    harm = "empty" if isinstance(groups[0], Coupled) else "break the pattern of"
     raise Unreachable(
-        f"sparsity {sparsity:g} would empty {', '.join(names[:3])}"
+        f"sparsity {sparsity:g} would {harm} {', '.join(names[:3])}"
         f"{' and others' if len(names) > 3 else ''}: this structure can remove at most "
         f"{math.floor(1e6 * most) / 1e6:g} of the weights here"
     )

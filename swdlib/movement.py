@@ -23,8 +23,8 @@ class Movement:
         of the others. The first report has nothing to compare with, and no `entered` and `left`.
         """
         parameters, gone = parameters_of(groups), removed_weights(groups, units)
-        inside = sum(float((p * gone[n]).square().sum()) for n, p in parameters.items())
-        outside = sum(float((p * ~gone[n]).square().sum()) for n, p in parameters.items())
+        inside = sum(float((p * gone[n]).float().square().sum()) for n, p in parameters.items())
+        outside = sum(float((p * ~gone[n]).float().square().sum()) for n, p in parameters.items())
         pairs = list(zip(units, self.units, strict=False))  # none at the first report
         moved = {
             "entered": sum(int((now & ~before.to(now.device)).sum()) for now, before in pairs),

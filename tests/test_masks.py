@@ -20,11 +20,13 @@ from swdlib.masks import (
     lowest,
     lowest_by_sort,
     prunable,
+    removed_weights,
     select,
     select_units,
     sparsity_of,
 )
-from swdlib.structures import STRUCTURES, Group, kernels, weights
+from swdlib.shrinking import shrink
+from swdlib.structures import STRUCTURES, Group, filters, kernels, weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Ties, zeros of both signs, denormals of each dtype, and values that differ by one rounding.
@@ -200,6 +202,78 @@ def test_masks_of_a_rising_sparsity_are_nested(name: str) -> None:
         assert all((sparser[parameter] <= denser[parameter]).all() for parameter in denser)
         assert sparsity_of(sparser) >= sparsity_of(denser)
     assert sparsity_of(rising[-1]) > sparsity_of(rising[1]) > 0
+
+
+class Chain(nn.Module):
+    """Convolutions one after the other, each of a kind and a width."""
+
+    def __init__(self, blocks: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self.kinds = ["plain", *(kind for kind, _ in blocks)]
+        self.layers = nn.ModuleList([nn.Conv2d(2, 3, 1)])
+        width = 3
+        for kind, number in blocks:
+            outputs = number if kind in ("plain", "concatenated") else width
+            groups = width if kind == "depthwise" else 1
+            self.layers.append(nn.Conv2d(width, outputs, 1, groups=groups))
+            width = width + outputs if kind == "concatenated" else outputs
+        self.last = nn.Linear(4 * width, 2)
+        for parameter in self.parameters():  # of few values, so that many units rank alike
+            parameter.data = torch.randint(1, 3, parameter.shape) * 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for kind, layer in zip(self.kinds, self.layers, strict=True):
+            more = layer(x)
+            if kind == "residual":
+                more = x + more
+            x = torch.cat([x, more], 1) if kind == "concatenated" else more
+        return self.last(x.flatten(1))
+
+
+def one_by_one(model: nn.Module, groups: list[Group], allowed: int) -> list[Tensor] | None:
+    """Remove the lowest units one by one until the shrunk network has as few weights as allowed."""
+    ranks = [group.protect(group.scores(magnitude)) for group in groups]
+    units = [(float(r), i, j) for i, rank in enumerate(ranks) for j, r in enumerate(rank)]
+    chosen = [torch.zeros(group.units, dtype=torch.bool) for group in groups]
+    for rank, i, j in [(-1.0, 0, 0), *sorted(units, key=lambda unit: unit[0])]:
+        if rank == math.inf:
+            return None
+        if rank >= 0:
+            chosen[i][j] = True
+        masks = {name: ~gone for name, gone in removed_weights(groups, chosen).items()}
+        small = shrink(model, masks, torch.randn(2, 2, 2, 2))
+        if sum(p.numel() for p in small.parameters()) <= allowed:
+            return chosen
+    return None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=st.lists(
+        st.tuples(
+            st.sampled_from(["plain", "residual", "concatenated", "depthwise"]), st.integers(1, 3)
+        ),
+        max_size=3,
+    ),
+    sparsity=st.floats(0.0, 0.95),
+    seed=st.integers(0, 99),
+)
+def test_coupled_units_are_taken_one_by_one_until_the_shrunk_network_is_small_enough(
+    blocks: list[tuple[str, int]], sparsity: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = Chain(blocks)
+    groups = find_groups(model, filters(torch.zeros(1, 2, 2, 2)))
+    total = sum(p.numel() for p in model.parameters())
+    expected = one_by_one(model, groups, total - round(sparsity * total))
+    if expected is None:
+        with pytest.raises(Unreachable, match="can remove at most") as error:
+            select(groups, sparsity)
+        most = float(str(error.value).split("at most ")[1].split()[0])
+        assert most <= sparsity_of(select(groups, most)) <= sparsity
+    else:
+        chosen = select_units(groups, sparsity, magnitude)
+        assert [units.tolist() for units in chosen] == [units.tolist() for units in expected]
 
 
 def test_select_by_hand() -> None:

@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torchvision.models import get_model, list_models
 
-from swdlib.masks import NotFinite
+from swdlib.allocations import ALLOCATIONS
+from swdlib.masks import NotFinite, prunable, sparsity_of
 from swdlib.penalties import SelectiveWeightDecay, Update
 from swdlib.schedules import Constant, Cubic, Exponential, Linear
-from swdlib.structures import kernels, weights
+from swdlib.structures import STRUCTURES, kernels, weights
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": partial(SGD, lr=0.1),
@@ -168,6 +169,115 @@ def test_fast_path_equals_autograd_for_other_selections(settings: dict[str, Any]
     train(fast, optimizer)
     train_by_autograd(slow, SGD(slow.parameters(), lr=0.1, momentum=0.9), **settings)
     assert_same(fast, slow)
+
+
+def mixture() -> nn.Module:
+    """Return a network in which every structure finds something."""
+    torch.manual_seed(0)
+    # As in cnn(), no bias before batch norm, nor before the second convolution's own.
+    maps = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 8, 2)
+    return nn.Sequential(*maps, nn.Flatten(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+EXAMPLE = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
+structures = pytest.mark.parametrize("structure", STRUCTURES)
+
+
+@structures
+def test_fast_path_equals_autograd_for_every_structure(structure: str) -> None:
+    fast, slow, free = mixture(), mixture(), mixture()
+    settings: dict[str, Any] = {"structure": STRUCTURES[structure](EXAMPLE), "sparsity": 0.2}
+    optimizer = SGD(fast.parameters(), lr=0.1, momentum=0.9)
+    attached(fast, optimizer, **settings)
+    train(fast, optimizer)
+    train_by_autograd(slow, SGD(slow.parameters(), lr=0.1, momentum=0.9), **settings)
+    train(free, SGD(free.parameters(), lr=0.1, momentum=0.9))
+    assert_same(fast, slow)
+    assert_differ(fast, free)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_fast_path_equals_autograd_for_every_allocation(allocation: str) -> None:
+    fast, slow = cnn(), cnn()
+    settings = {"allocation": ALLOCATIONS[allocation]}
+    optimizer = SGD(fast.parameters(), lr=0.1, momentum=0.9)
+    attached(fast, optimizer, **settings)
+    train(fast, optimizer)
+    train_by_autograd(slow, SGD(slow.parameters(), lr=0.1, momentum=0.9), **settings)
+    assert_same(fast, slow)
+
+
+@updates
+@structures
+def test_every_structure_is_pruned_to_the_target_without_a_shock(
+    structure: str, update: Update
+) -> None:
+    model = mixture()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    swd = attached(
+        model,
+        optimizer,
+        **{"structure": STRUCTURES[structure](EXAMPLE), "sparsity": 0.2, "update": update},
+        strength=Exponential(1.0, 2e4),
+    )
+    train(model, optimizer, 40)
+    images, labels = batches(1)[0]
+    before = cross_entropy(model(images), labels).detach()
+    selected = swd.report()
+    assert selected["norm_selected"] < 0.05 * selected["norm_kept"]
+    masks = swd.prune()
+    surplus = sparsity_of(masks) * prunable(swd.groups) - round(0.2 * prunable(swd.groups))
+    assert -1e-6 < surplus < max(int(group.sizes().max()) for group in swd.groups)
+    torch.testing.assert_close(
+        cross_entropy(model(images), labels).detach(), before, atol=0.02, rtol=0
+    )
+    train(model, optimizer, 45, skip=40)
+    assert all(not parameter[~masks[name]].any() for name, parameter in swd.parameters.items())
+
+
+@updates
+@structures
+def test_a_run_with_any_structure_is_resumed_bit_for_bit(structure: str, update: Update) -> None:
+    def start() -> tuple[nn.Module, Optimizer, SelectiveWeightDecay]:
+        model = mixture()
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        settings: dict[str, Any] = {"structure": STRUCTURES[structure](EXAMPLE), "update": update}
+        return model, optimizer, attached(model, optimizer, sparsity=0.2, **settings)
+
+    def go(run: tuple[nn.Module, Optimizer, SelectiveWeightDecay], begin: int, end: int) -> Any:
+        for i in range(begin, end):
+            train(run[0], run[1], i + 1, skip=i)
+        return run[2].report()
+
+    through, stopped, resumed = start(), start(), start()
+    go(through, 0, 4)
+    go(stopped, 0, 4)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in stopped], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    for load, state in zip((part.load_state_dict for part in resumed), states, strict=True):
+        load(state)
+    reports = go(through, 4, 9), go(resumed, 4, 9)
+    assert reports[0] == reports[1] and "entered" in reports[0]
+    assert_same(through[0], resumed[0], rtol=0, atol=0)
+    masks = through[2].prune(), resumed[2].prune()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
+def test_frozen_layers_are_left_alone_by_coupled_units() -> None:
+    model = mixture()
+    frozen = [p for name, p in model.named_parameters() if name.startswith(("0.", "1."))]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in frozen]
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    structure = STRUCTURES["filters_and_channels"](EXAMPLE)
+    swd = attached(model, optimizer, structure=structure, sparsity=0.3, strength=100.0)
+    train(model, optimizer)
+    masks = swd.prune()
+    assert all(map(torch.equal, frozen, before))
+    assert masks["0.weight"].all() and not masks["3.weight"].all()
 
 
 def test_accumulated_gradients_get_the_penalty_once() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -373,45 +374,77 @@ def test_an_attention_used_in_two_places_is_replaced_in_both() -> None:
     assert_equal_outputs(small, masked(model, masks), example)
 
 
-# Torchvision's networks: the size of an image that is enough for each.
-NETWORKS = {
-    "resnet18": 64,
-    "resnet50": 64,
-    "mobilenet_v2": 64,
-    "mobilenet_v3_small": 64,
-    "efficientnet_b0": 64,
-    "densenet121": 64,
-    "googlenet": 64,
-    "regnet_y_400mf": 64,
-    "convnext_tiny": 64,
-    "vgg11_bn": 64,
-    "vit_b_16": 224,
-}
+NETWORKS = (
+    *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"),
+    *("densenet121", "googlenet", "googlenet with auxiliary heads", "regnet_y_400mf"),
+    *("convnext_tiny", "vgg11_bn", "vit_b_16", "shufflenet_v2_x1_0"),
+)
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    """Return a network of torchvision whose outputs depend on what is put in, and an example."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"image_size": 64} if name == "vit_b_16" else {}
+    if "googlenet" in name:
+        options = {"init_weights": False, "aux_logits": name != "googlenet"}
+    model = randomised(torchvision.models.get_model(name.split()[0], weights=None, **options))
+    for key, parameter in model.named_parameters():
+        if key.endswith("layer_scale"):  # nearly zero to begin with
+            nn.init.constant_(parameter, 0.5)
+        if key == "heads.head.weight":  # zero to begin with
+            nn.init.normal_(parameter)
+    example = torch.randn(2, 3, 64, 64)
+    return with_statistics_of(model, example), example
+
+
+@torch.no_grad()
+def with_statistics_of(model: nn.Module, example: Tensor) -> nn.Module:
+    """Return the model with batch norms that have seen the example and nothing else."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(example)
+    for norm in norms:
+        assert norm.running_var is not None
+        norm.running_var.clamp_(min=0.01)  # else some channels would be all rounding
+    return model.eval()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_torchvision_networks_shrink(name: str) -> None:
-    torch.manual_seed(0)
-    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
-    model = randomised(torchvision.models.get_model(name, weights=None, **options))
-    if name == "vit_b_16":
-        nn.init.normal_(model.get_parameter("heads.head.weight"))  # it is zero to begin with
-    example = torch.randn(2, 3, NETWORKS[name], NETWORKS[name])
+    model, example = network(name)
     groups = find_groups(model, filters_and_channels(example))
-    for sparsity in (0.3, 0.6, 0.9):
+    for sparsity in (0.6,) if name == "vgg11_bn" else (0.3, 0.6, 0.9):
         masks = select(groups, sparsity, allocation=uniform)
         small = shrink(model, masks, example)
         kept = sum(int(mask.sum()) for mask in masks.values())
         assert size(small) == kept <= (1 - sparsity) * size(model) + 0.5
-        assert_equal_outputs(small, masked(model, masks), example)
+        reference = masked(model, masks)
+        assert_equal_outputs(small, reference, example)
+        if sparsity == 0.3:  # what is put in comes out: the outputs of two images differ
+            with torch.no_grad():
+                one, other = reference(example)
+            assert (one - other).abs().max() > 3e-5 * max(1.0, float(one.abs().max()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shufflenet_v2_x1_0", "swin_t"])
-def test_networks_that_cannot_be_followed_are_refused_in_time_or_shrink(name: str) -> None:
+def test_a_shrunk_network_trains_its_auxiliary_heads() -> None:
+    model, example = network("googlenet with auxiliary heads")
+    small = shrink(
+        model, select(find_groups(model, filters_and_channels(example)), 0.9), example
+    ).train()
+    outputs = tensors_of(small(example))
+    assert len(outputs) == 3
+    torch.stack([t.square().mean() for t in outputs]).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pixels"), [("swin_t", 64), ("maxvit_t", 224)])
+def test_networks_of_windows_are_refused_in_time_or_shrink(name: str, pixels: int) -> None:
     model = randomised(torchvision.models.get_model(name, weights=None))
-    example = torch.randn(1, 3, 224, 224)
+    example = torch.randn(1, 3, pixels, pixels)
     try:
         groups = find_groups(model, filters_and_channels(example))
     except Untraceable as error:
