@@ -36,11 +36,48 @@ def test_attention_is_called_like_the_original(batch_first: bool, call: int) -> 
     torch.testing.assert_close(our_weights, their_weights)
 
 
-def test_unbatched_attention() -> None:
+UNBATCHED: list[dict[str, Any]] = [
+    {},
+    {"need_weights": False},
+    {"average_attn_weights": False},
+    {"attn_mask": torch.ones(5, 7).triu(1).bool()},
+    {"attn_mask": torch.rand(4, 5, 7)},
+    {"attn_mask": torch.rand(4, 5, 7), "need_weights": False},
+    {"key_padding_mask": torch.tensor([False] * 5 + [True] * 2)},
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", UNBATCHED)
+def test_unbatched_attention_to_another_sequence(options: dict[str, Any], bias: bool) -> None:
     torch.manual_seed(0)
-    original = nn.MultiheadAttention(12, 4).eval()
-    x = torch.randn(5, 12)
-    torch.testing.assert_close(Attention(original)(x, x, x), original(x, x, x))
+    original = nn.MultiheadAttention(12, 4, bias=bias).eval()
+    inputs = torch.randn(5, 12), *[torch.randn(7, 12)] * 2
+    ours, theirs = Attention(original)(*inputs, **options), original(*inputs, **options)
+    assert [None if t is None else t.shape for t in ours] == [
+        None if t is None else t.shape for t in theirs
+    ]
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_causal_hint_changes_nothing(need_weights: bool) -> None:
+    torch.manual_seed(0)
+    original = nn.MultiheadAttention(12, 4, batch_first=True).eval()
+    x, mask = torch.randn(2, 5, 12), torch.ones(5, 5).triu(1).bool()
+    options: dict[str, Any] = {"attn_mask": mask, "need_weights": need_weights}
+    ours = Attention(original)(x, x, x, is_causal=True, **options)
+    torch.testing.assert_close(ours, original(x, x, x, is_causal=True, **options))
+
+
+def test_a_sequence_that_is_all_padding_is_as_in_the_original() -> None:
+    torch.manual_seed(0)
+    original = nn.MultiheadAttention(12, 4, batch_first=True)
+    x, padding = torch.randn(2, 5, 12), torch.tensor([[False] * 5, [True] * 5])
+    options: dict[str, Any] = {"key_padding_mask": padding, "need_weights": False}
+    torch.testing.assert_close(
+        Attention(original)(x, x, x, **options), original(x, x, x, **options), equal_nan=True
+    )
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
@@ -52,10 +89,16 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         attention(x, x, x, is_causal=True)
 
 
-def test_dropout_acts_in_training_only() -> None:
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dropout_acts_in_training_only(need_weights: bool) -> None:
     torch.manual_seed(0)
     attention = Attention(nn.MultiheadAttention(12, 4, dropout=0.5, batch_first=True))
     x = torch.randn(2, 5, 12)
-    assert not torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
+
+    def twice() -> bool:
+        one, other = (attention(x, x, x, need_weights=need_weights)[0] for _ in range(2))
+        return torch.equal(one, other)
+
+    assert not twice()
     attention.eval()
-    assert torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
+    assert twice()

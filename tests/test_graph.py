@@ -214,3 +214,9 @@ def test_a_search_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(Untraceable, match="no end after 0 seconds"):
         trace_units(torchvision.models.resnet18(weights=None), torch.zeros(1, 3, 64, 64))
     assert time.monotonic() - started < 30
+
+
+def test_a_search_that_multiplies_places_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "MOST", 7)
+    with pytest.raises(Untraceable, match="a channel seems to lead to 8 places"):
+        trace_units(*build("maps"))

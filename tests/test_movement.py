@@ -50,3 +50,9 @@ def test_units_that_do_not_fit_are_refused() -> None:
     for units in wrong:
         with pytest.raises(ValueError, match="units must have shapes and types"):
             check_units(groups, units)
+
+
+def test_norms_of_half_precision_do_not_overflow() -> None:
+    groups = [Group("w", nn.Parameter(torch.full((2,), 300.0, dtype=torch.float16)))]
+    report = Movement().report(groups, of(True, False))
+    assert report["norm_selected"] == report["norm_kept"] == 300.0
