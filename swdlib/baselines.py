@@ -1,9 +1,8 @@
 """Baselines: what the methods that SWD is compared with attach to an optimizer."""
 
-import math
 from dataclasses import replace
 from functools import partial
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,69 +15,18 @@ from swdlib.criteria import Criterion, batch_norm_scale, magnitude
 from swdlib.masks import (
     Masks,
     apply_,
-    check_mask,
     check_sparsity,
     find_groups,
+    fitted,
     removed_weights,
     select_units,
 )
 from swdlib.movement import Movement, check_units
-from swdlib.schedules import Schedule, as_schedule
+from swdlib.schedules import Schedule, as_schedule, check_not_negative
 from swdlib.structures import Coupled, Group, Structure, weights
 
 
-class _Joined:
-    """What joins an optimizer's steps: a subclass says what it does before or after each."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.masks: Masks = {}
-        self._begun = False
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def attach(self, optimizer: Optimizer) -> None:
-        """Join an optimizer: from now on this acts at each of its steps.
-
-        ValueError if the optimizer has none of the model's parameters or this is attached already.
-        """
-        optimizer = joins.stepping(optimizer)
-        if self._hooks:
-            raise ValueError(f"this {type(self).__name__} is attached already; call detach() first")
-        owned = {id(parameter) for parameter in joins.parameters_of(optimizer)}
-        if not any(id(parameter) in owned for parameter in self.model.parameters()):
-            raise ValueError(
-                f"the {type(optimizer).__name__} has no parameter of {type(self.model).__name__}; "
-                "build it from model.parameters()"
-            )
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-
-    def detach(self) -> None:
-        """Leave the optimizer."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self._begun = True
-        return self._before(optimizer, args, kwargs)
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        joins.require_once(self._begun, optimizer)
-        self._begun = False
-        if not joins.skips(optimizer):
-            self._after()
-
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        return None
-
-    def _after(self) -> None:
-        pass
-
-
-class GradualPruning(_Joined):
+class GradualPruning(joins.Joined):
     """Sets the lowest-scored weights to zero while a network trains (Zhu & Gupta 2017).
 
     After every `every` steps, and after the last, the masks are chosen anew at the sparsity that
@@ -127,15 +75,15 @@ class GradualPruning(_Joined):
         return check_sparsity(self._sparsity(min(self.step / self.steps, 1.0)))
 
     @torch.no_grad()
-    def _after(self) -> None:
+    def _after(self, optimizer: Optimizer) -> None:
         self.step += 1
-        if not self.soft:  # first: the step has moved what is masked, which must not rank by that
+        if self.soft:
+            self.masks = {}
+        else:  # first: the step has moved what is masked, which must not rank by that
             apply_(self.model, self.masks)
         if self.step % self.every == 0 or self.step == self.steps:
             self.masks = self._choose()
-        elif self.soft:
-            self.masks = {}
-        apply_(self.model, self.masks)
+            apply_(self.model, self.masks)
 
     def _choose(self) -> Masks:
         units = select_units(self.groups, self.sparsity, self.criterion, self.allocation)
@@ -162,21 +110,11 @@ class GradualPruning(_Joined):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; ValueError if it does not fit the model."""
-        if set(state) != {"step", "masks", "chosen", "reported"}:
-            raise ValueError(
-                "a pruner's state has keys 'step', 'masks', 'chosen' and 'reported', "
-                f"not {sorted(state)}"
-            )
-        step, masks = state["step"], state["masks"]
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"a pruner's step must be a whole number of 0 or more, not {step!r}")
-        parameters = dict(self.model.named_parameters())
-        for name, mask in masks.items():
-            check_mask(name, mask, parameters)
+        joins.require_state("a pruner", state, "step", "masks", "chosen", "reported")
+        masks = fitted(state["masks"], dict(self.model.named_parameters()))
         for units in (state["chosen"], state["reported"]):
             check_units(self.groups, units)
-        self.step = step
-        self.masks = {n: m.to(parameters[n].device, copy=True) for n, m in masks.items()}
+        self.step, self.masks = state["step"], masks
         self._chosen, self._movement.units = list(state["chosen"]), list(state["reported"])
 
 
@@ -186,7 +124,7 @@ def _own_weights(group: Group) -> Group:
     return replace(group, parts=tuple(part for part in group.parts if part.role == "weight"))
 
 
-class BatchNormL1(_Joined):
+class BatchNormL1(joins.Joined):
     """An L1 penalty on the scales of batch normalisation (Liu et al. 2017, arXiv 1708.06519).
 
     The gradient of every scale gains `l1` times the scale's sign, so that the scales of channels
@@ -200,17 +138,15 @@ class BatchNormL1(_Joined):
 
     def __init__(self, model: nn.Module, *, l1: float = 1e-4, structure: Structure) -> None:
         super().__init__(model)
-        if not (isinstance(l1, SupportsFloat) and math.isfinite(l1) and l1 >= 0):
-            raise ValueError(f"l1 must be a finite number of 0 or more, not {l1!r}")
-        self.l1 = l1
+        self.l1 = check_not_negative("l1", l1)
         self.scales = _scales(model)
         for group in find_groups(model, structure):
             group.scores(batch_norm_scale)  # so that a mistake is told before training starts
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         joins.require_unscaled(optimizer)
-        owned = {id(parameter) for parameter in joins.parameters_of(optimizer)}
-        return joins.after_backward(args, kwargs, partial(self._add_gradients, owned))
+        add = partial(self._add_gradients, joins.owned_by(optimizer))
+        return joins.after_backward(args, kwargs, add)
 
     @torch.no_grad()
     def _add_gradients(self, owned: set[int]) -> None:

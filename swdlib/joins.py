@@ -3,10 +3,78 @@
 from collections.abc import Callable
 from typing import Any, SupportsFloat
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.utils.hooks import RemovableHandle
 
 BY_HAND = "add penalty() to the loss and call advance() after each step instead of attach()"
+
+
+class Joined:
+    """What joins an optimizer's steps: a subclass says what it does before or after each.
+
+    `masks` are what it holds at zero now: name of a parameter -> bool tensor, True is kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.masks: dict[str, Tensor] = {}
+        self._begun = False
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Join an optimizer: from now on this acts at each of its steps.
+
+        ValueError if the optimizer has none of the model's parameters or this is attached already.
+        """
+        optimizer = stepping(optimizer)
+        if self._hooks:
+            raise ValueError(f"this {type(self).__name__} is attached already; call detach() first")
+        self._require_fit(optimizer)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def detach(self) -> None:
+        """Leave the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._begun = True
+        return self._before(optimizer, args, kwargs)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        require_once(self._begun, optimizer)
+        self._begun = False
+        if not skips(optimizer):
+            self._after(optimizer)
+
+    def _require_fit(self, optimizer: Optimizer) -> None:
+        owned = owned_by(optimizer)
+        if not any(id(parameter) in owned for parameter in self.model.parameters()):
+            raise ValueError(
+                f"the {type(optimizer).__name__} has no parameter of {type(self.model).__name__}; "
+                "build it from model.parameters()"
+            )
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        return None
+
+    def _after(self, optimizer: Optimizer) -> None:
+        pass
+
+
+def require_state(owner: str, state: dict[str, Any], *keys: str) -> None:
+    """ValueError unless a `state_dict()` has these keys and a whole number as "step"."""
+    if set(state) != set(keys):
+        listed = ", ".join(map(repr, keys[:-1])) + f" and {keys[-1]!r}"
+        raise ValueError(f"{owner}'s state has keys {listed}, not {sorted(state)}")
+    step = state["step"]
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"{owner}'s step must be a whole number of 0 or more, not {step!r}")
 
 
 def stepping(optimizer: Any) -> Optimizer:
@@ -27,6 +95,11 @@ def stepping(optimizer: Any) -> Optimizer:
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All that the optimizer steps, whatever group it is in."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def owned_by(optimizer: Optimizer) -> set[int]:
+    """The id() of each parameter that the optimizer steps."""
+    return {id(parameter) for parameter in parameters_of(optimizer)}
 
 
 def require_joinable(optimizer: Optimizer, update: str) -> None:

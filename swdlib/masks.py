@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from swdlib.allocations import Allocation, together
 from swdlib.criteria import Criterion, magnitude
-from swdlib.structures import Coupled, Group, NofM, Structure, Tiles
+from swdlib.structures import Coupled, Group, NofM, Structure
 
 Masks = dict[str, Tensor]
 
@@ -189,7 +189,7 @@ def _remove(groups: Sequence[Group], ranks: Sequence[Tensor], count: int) -> lis
     coupled = [group for group in groups if isinstance(group, Coupled)]
     if coupled:
         return lowest_coupled(coupled, ranks, count)
-    if all(type(group) is not Tiles and group.size == 1 for group in groups):
+    if all(group.units == group.parameter.numel() for group in groups):  # single weights
         return lowest(ranks, count)
     return lowest_by_sort(ranks, [group.sizes() for group in groups], count)
 
@@ -278,6 +278,13 @@ def emptied(masks: Masks) -> list[str]:
     Single weights may empty a layer, and beside a residual connection that does no harm.
     """
     return [name for name, mask in masks.items() if mask.numel() and not mask.any()]
+
+
+def fitted(masks: Masks, parameters: dict[str, nn.Parameter]) -> Masks:
+    """Copies of masks on their parameters' devices; ValueError if one does not fit."""
+    for name, mask in masks.items():
+        check_mask(name, mask, parameters)
+    return {name: mask.to(parameters[name].device, copy=True) for name, mask in masks.items()}
 
 
 def sparsity_of(masks: Masks) -> float:

@@ -1,7 +1,6 @@
 """Penalties: terms of the loss that prepare a network for pruning while it trains."""
 
-import math
-from typing import Any, Literal, SupportsFloat, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +12,16 @@ from swdlib.criteria import Criterion, magnitude
 from swdlib.masks import (
     Masks,
     apply_,
-    check_mask,
     check_sparsity,
     find_groups,
+    fitted,
     parameters_of,
     removed_weights,
     select,
     select_units,
 )
 from swdlib.movement import Movement, check_units
-from swdlib.schedules import Exponential, Schedule, as_schedule
+from swdlib.schedules import Exponential, Schedule, as_schedule, check_not_negative
 from swdlib.structures import Structure, weights
 
 Update = Literal["gradient", "proximal"]
@@ -30,7 +29,7 @@ Update = Literal["gradient", "proximal"]
 PUBLISHED = Exponential(0.1, 1e5)
 
 
-class SelectiveWeightDecay:
+class SelectiveWeightDecay(joins.Joined):
     """A weight decay that grows on the weights that would be pruned now (Tessier et al. 2022).
 
     The loss gains `a(t) * mu / 2 * ||w*||^2` (arXiv 2011.10520, equation 2): t is the share of
@@ -67,7 +66,7 @@ class SelectiveWeightDecay:
         allocation: Allocation = together,
         update: Update = "gradient",
     ) -> None:
-        self.model = model
+        super().__init__(model)
         self.groups = find_groups(model, structure)
         self.parameters = parameters_of(self.groups)
         self.criterion = criterion
@@ -78,11 +77,8 @@ class SelectiveWeightDecay:
         self.weight_decay = weight_decay
         self.update = update
         self.step = 0
-        self.masks: Masks = {}
         self._movement = Movement()
         self._owned: set[int] = set()
-        self._begun = False
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._check()
 
     def _check(self) -> None:
@@ -91,7 +87,7 @@ class SelectiveWeightDecay:
                 f"steps must be a whole number of at least 1, not {self.steps!r}; "
                 "usually epochs * len(loader)"
             )
-        _check_not_negative("weight_decay", self.weight_decay)
+        check_not_negative("weight_decay", self.weight_decay)
         if self.update not in get_args(Update):
             raise ValueError(f"update must be one of {get_args(Update)}, not {self.update!r}")
         for progress in (0.0, 1.0):  # a schedule's mistakes come to light before training starts
@@ -140,31 +136,20 @@ class SelectiveWeightDecay:
         none of the prunable parameters, if the penalty is attached already and, at the first step,
         if a fused optimizer is left to unscale its gradients itself.
         """
-        optimizer = joins.stepping(optimizer)
-        if self._hooks:
-            raise ValueError("the penalty is attached already; call detach() first")
+        super().attach(optimizer)
+
+    def _require_fit(self, optimizer: Optimizer) -> None:
         joins.require_joinable(optimizer, self.update)
-        self._owned = {id(parameter) for parameter in joins.parameters_of(optimizer)}
+        self._owned = joins.owned_by(optimizer)
         if not any(id(parameter) in self._owned for parameter in self.parameters.values()):
             raise ValueError(
                 f"the {type(optimizer).__name__} has none of the {len(self.parameters)} prunable "
                 f"parameters of {type(self.model).__name__}; build it from model.parameters() "
                 "(FSDP and DeepSpeed put others in their place: use DistributedDataParallel)"
             )
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
 
-    def detach(self) -> None:
-        """Leave the optimizer."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self._begun = True
-        self._owned = {id(parameter) for parameter in joins.parameters_of(optimizer)}  # it may grow
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._owned = joins.owned_by(optimizer)  # it may grow
         if self.masks or self.update != "gradient":
             return None
         joins.require_unscaled(optimizer)
@@ -172,8 +157,6 @@ class SelectiveWeightDecay:
 
     @torch.no_grad()
     def _add_gradients(self) -> None:
-        if self.masks or self.update != "gradient":
-            return
         scale = self.strength * self.weight_decay
         for parameter, chosen in self._selected():
             if parameter.grad is None:  # the penalty alone gives a gradient, as in autograd
@@ -183,11 +166,7 @@ class SelectiveWeightDecay:
             parameter.grad.add_(parameter.masked_fill(~chosen, 0.0), alpha=scale)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        joins.require_once(self._begun, optimizer)
-        self._begun = False
-        if joins.skips(optimizer):
-            return
+    def _after(self, optimizer: Optimizer) -> None:
         if self.masks:  # momentum and decay must not revive what was pruned
             apply_(self.model, self.masks)
         elif self.update == "proximal":
@@ -235,28 +214,15 @@ class SelectiveWeightDecay:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; ValueError if it does not fit this penalty or model."""
-        if set(state) != {"step", "masks", "reported"}:
-            raise ValueError(
-                f"a penalty's state has keys 'step', 'masks' and 'reported', not {sorted(state)}"
-            )
-        step, masks, reported = state["step"], state["masks"], state["reported"]
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"a penalty's step must be a whole number of 0 or more, not {step!r}")
+        joins.require_state("a penalty", state, "step", "masks", "reported")
+        masks, reported = state["masks"], state["reported"]
         if masks and set(masks) != set(self.parameters):
             raise ValueError(f"masks must be of {sorted(self.parameters)}, not of {sorted(masks)}")
-        for name, mask in masks.items():
-            check_mask(name, mask, self.parameters)
+        masks = fitted(masks, self.parameters)
         check_units(self.groups, reported)
-        self.step = step
-        self.masks = {n: m.to(self.parameters[n].device, copy=True) for n, m in masks.items()}
+        self.step, self.masks = state["step"], masks
         self._movement.units = list(reported)
 
 
 def _check_strength(strength: float) -> float:
-    return _check_not_negative("strength", strength)
-
-
-def _check_not_negative(name: str, value: float) -> float:
-    if not (isinstance(value, SupportsFloat) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number of 0 or more, not {value!r}")
-    return value
+    return check_not_negative("strength", strength)

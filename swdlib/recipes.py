@@ -160,9 +160,8 @@ def random_pruning(
     seed: int = 0,
 ) -> list[Phase]:
     """`han2015` that cuts at random: the control, which every criterion has to beat."""
-    tune = Constant(lr(1.0))
-    budget = (epochs, finetune_epochs, iterations)
-    return _cut_and_tune(*budget, lr, tune, sparsity, structure, Random(seed))
+    phases = han2015(epochs, lr, sparsity, structure, finetune_epochs, iterations)
+    return ranked(phases, Random(seed), None)
 
 
 def han2015(
@@ -314,7 +313,6 @@ def _cut_and_tune(
     tune: Schedule,
     sparsity: float,
     structure: Structure,
-    criterion: Criterion = magnitude,
 ) -> list[Phase]:
     check_sparsity(sparsity)
     _check_finetuning(epochs, finetune_epochs, iterations)
@@ -323,7 +321,7 @@ def _cut_and_tune(
         last = i == iterations - 1
         target = sparsity if last else 1 - (1 - sparsity) ** ((i + 1) / iterations)
         share = finetune_epochs * (i + 1) // iterations - finetune_epochs * i // iterations
-        phases += [Prune(target, structure, criterion), Train(share, tune)]
+        phases += [Prune(target, structure), Train(share, tune)]
     return phases
 
 

@@ -149,6 +149,13 @@ class Piecewise:
         return self.points[-1][1]
 
 
+def check_not_negative(name: str, value: float) -> float:
+    """The value as given, if it is a finite number of 0 or more; ValueError otherwise."""
+    if not (isinstance(value, SupportsFloat) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of 0 or more, not {value!r}")
+    return value
+
+
 def as_schedule(value: float | Schedule, check: Callable[[float], float]) -> Schedule:
     """A schedule as it is, or a number that `check` lets pass as `Constant`."""
     return value if callable(value) else Constant(check(value))

@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from swdlib.attention import Attention
 from swdlib.graph import Found, find_attentions, trace_units
 from swdlib.masks import Masks, apply_
+from swdlib.metrics import in_eval
 from swdlib.tracing import tensors_of
 
 TOLERANCE = 1e-4  # of the largest output; in half precision four of its roundings
@@ -44,28 +45,25 @@ def _kept(model: nn.Module, layers: list[Found]) -> dict[tuple[str, int], Tensor
             whole = torch.ones(len(part.units), dtype=torch.bool)
             kept.setdefault((part.name, part.dim), whole)
     parameters = dict(model.named_parameters())
-    unread = {name: _zero_slices(parameters[name], dim) for name, dim in kept if dim == 1}
+    readers = {(p.name, p.dim) for layer in layers for p in layer.parts if p.role == "input"}
+    unread = {name: _unread(parameters[name], dim) for name, dim in readers}
     settled = False
     while not settled:  # what goes no longer reads: further channels may lose their last reader
-        dropped = [_drop(layer, parameters, kept, unread) for layer in layers]  # each has its turn
+        dropped = [_drop(layer, kept, unread) for layer in layers]  # each has its turn
         settled = not any(dropped)
     return kept
 
 
-def _zero_slices(parameter: Tensor, dim: int) -> Tensor:
-    """Which rows of each input are zero altogether, shape (outputs, inputs)."""
+def _unread(parameter: Tensor, dim: int) -> Tensor:
+    """Where outputs read nothing of an input, shape (outputs, inputs); `dim` is that of inputs."""
     matrix = (
         parameter.detach().flatten(2) if parameter.ndim > 2 else parameter.detach().unsqueeze(2)
     )
-    return (matrix == 0).all(2).cpu()
+    zero = (matrix == 0).all(2).cpu()
+    return zero if dim == 1 else zero.T
 
 
-def _drop(
-    layer: Found,
-    parameters: dict[str, nn.Parameter],
-    kept: dict[tuple[str, int], Tensor],
-    unread: dict[str, Tensor],
-) -> bool:
+def _drop(layer: Found, kept: dict[tuple[str, int], Tensor], unread: dict[str, Tensor]) -> bool:
     """Drop the layer's units that nothing reads; whether there was one."""
     read = torch.zeros(layer.count, dtype=torch.bool)
     alive = torch.zeros(layer.count, dtype=torch.bool)
@@ -74,8 +72,7 @@ def _drop(
         alive[part.units[inside & kept[part.name, part.dim]]] = True
         if part.role == "input":
             rows = kept.get((part.name, 1 - part.dim))
-            zero = unread[part.name] if part.dim == 1 else _zero_slices(parameters[part.name], 0).T
-            zero = zero if rows is None else zero[rows]
+            zero = unread[part.name] if rows is None else unread[part.name][rows]
             read[part.units[inside & ~zero.all(0)]] = True
     if not (alive & read).any():
         read[alive.nonzero()[0]] = True  # a layer of nothing cannot run: its first unit stays
@@ -150,18 +147,16 @@ def _replace(model: nn.Module, attention: nn.MultiheadAttention) -> None:
 
 @torch.no_grad()
 def _require_equal(small: nn.Module, masked: nn.Module, example: Tensor) -> None:
-    modes = {module: module.training for net in (small, masked) for module in net.modules()}
     plain = [m for m in small.modules() if isinstance(m, _InstanceNorm) and not m.affine]
     hooks = [module.register_forward_pre_hook(_tell_features) for module in plain]
     try:
-        difference, limit = _difference(small.eval(), masked.eval(), _telling(example))
+        with in_eval(small), in_eval(masked):
+            difference, limit = _difference(small, masked, _telling(example))
     except Exception as error:  # the network's own code may rely on a size that has changed
         raise ValueError(
             f"{type(masked).__name__} does not run once its channels are removed: {error}"
         ) from error
     finally:
-        for module, training in modes.items():
-            module.training = training
         for hook in hooks:
             hook.remove()
     if not difference <= limit:

@@ -7,7 +7,7 @@ example input is a function that returns a structure.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -125,13 +125,13 @@ class Coupled(Group):
     """
 
     parts: tuple[Part, ...] = ()
-    network: tuple[tuple[str, nn.Parameter], ...] = ()
+    network: dict[str, nn.Parameter] = field(default_factory=dict)
     count: int = 0
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters of the model, by name."""
-        return dict(self.network)
+        return self.network
 
     @property
     def units(self) -> int:
@@ -270,7 +270,7 @@ def filters_and_channels(example: Tensor) -> Structure:
 
 def _coupled(example: Tensor, name: str, kinds: Sequence[str]) -> Structure:
     def structure(model: nn.Module) -> list[Group]:
-        network = tuple(model.named_parameters())
+        network = dict(model.named_parameters())
         found = [*trace_units(model, example), *find_attentions(model)]
         return [
             Coupled(f.name, f.parts[0].parameter, parts=f.parts, network=network, count=f.count)

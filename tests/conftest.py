@@ -1,6 +1,7 @@
 """What several test files share: real data in folders, which is never downloaded."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,17 @@ def unavailable(reason: str) -> None:
     if IN_CI:
         pytest.fail(f"{reason} (SWDLIB_CI is set, so this may not be skipped)")
     pytest.skip(reason)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they save on networks as small as these."""
+    import torch  # here, so that the line above comes before it
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def folder_from(variable: str, content: str) -> Path:

@@ -37,17 +37,9 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 sgd = OPTIMIZERS["sgd"]
 optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 updates = pytest.mark.parametrize("update", ["gradient", "proximal"])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Batch = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they save on networks as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,15 +29,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 updates = pytest.mark.parametrize("update", ["gradient", "proximal"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they save on networks as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mlp() -> nn.Module:
@@ -171,6 +163,15 @@ def test_fast_path_equals_autograd_for_other_selections(settings: dict[str, Any]
     assert_same(fast, slow)
 
 
+def load_what_was_saved(into: tuple[Any, ...], out_of: tuple[Any, ...]) -> None:
+    """Load the states of model, optimizer and penalty from a file that cannot run code."""
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in out_of], file)
+    file.seek(0)
+    for part, state in zip(into, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+
+
 def mixture() -> nn.Module:
     """Return a network in which every structure finds something."""
     torch.manual_seed(0)
@@ -252,12 +253,7 @@ def test_a_run_with_any_structure_is_resumed_bit_for_bit(structure: str, update:
     through, stopped, resumed = start(), start(), start()
     go(through, 0, 4)
     go(stopped, 0, 4)
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in stopped], file)
-    file.seek(0)
-    states = torch.load(file, weights_only=True)
-    for load, state in zip((part.load_state_dict for part in resumed), states, strict=True):
-        load(state)
+    load_what_was_saved(resumed, stopped)
     reports = go(through, 4, 9), go(resumed, 4, 9)
     assert reports[0] == reports[1] and "entered" in reports[0]
     assert_same(through[0], resumed[0], rtol=0, atol=0)
@@ -696,12 +692,7 @@ def test_a_resumed_run_continues_bit_for_bit(update: Update, prune_after: int | 
     through, stopped, resumed = start(), start(), start()
     go(through, 0, 9)
     go(stopped, 0, 4)
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in stopped], file)
-    file.seek(0)
-    states = torch.load(file, weights_only=True)
-    for load, state in zip((part.load_state_dict for part in resumed), states, strict=True):
-        load(state)
+    load_what_was_saved(resumed, stopped)
     go(resumed, 4, 9)
     assert_same(through[0], resumed[0], rtol=0, atol=0)
     assert resumed[2].step == through[2].step == 9

@@ -49,7 +49,7 @@ LAYERS: dict[str, set[str]] = {
     "sparse_kernels": {"masks"},
     "onnx_files": {"files", "metrics"},
     "attention": set(),
-    "shrinking": {"attention", "graph", "masks"},
+    "shrinking": {"attention", "graph", "metrics"},
     "deploy": {"onnx_files", "shrinking", "sparse_files", "sparse_kernels"},
     "checkpoints": {"files"},
     "devices": set(),
