@@ -138,10 +138,34 @@ def heat_map(table: pd.DataFrame, label: str, ax: Axes | None = None) -> Axes:
     ax.tick_params(axis="y", rotation=0)
     for row, column in zip(*np.isnan(table.to_numpy(dtype=float)).nonzero(), strict=True):
         ax.text(column + 0.5, row + 0.5, "×", color=INK, ha="center", va="center", size="large")
-    bar = ax.collections[0].colorbar
-    assert bar is not None
-    bar.ax.yaxis.label.set_color(INK)
-    bar.ax.tick_params(colors=INK)
+    _grey(ax.collections[0].colorbar)
+    return ax
+
+
+def kept_weights(shares: Mapping[str, Any], ax: Axes | None = None) -> Axes:
+    """What is left of layers: label -> the share of each kernel that is kept, (outputs, inputs).
+
+    They are drawn side by side, each under its label.
+    """
+    ax = _axes(ax, "input maps", "output maps")
+    ax.grid(visible=False)
+    left = 0.0
+    for label, share in shares.items():
+        rows, columns = np.shape(share)
+        image = ax.imshow(
+            share,
+            cmap="cividis",
+            interpolation="nearest",
+            extent=(left, left + columns, rows, 0),
+            vmin=0,
+            vmax=1,
+        )
+        ax.text(left + columns / 2, -1, label, color=INK, ha="center", va="bottom")
+        left += 1.2 * columns
+    ax.set_xlim(0, left - 0.2 * columns)
+    ax.set_xticks([])
+    ax.spines[:].set_visible(False)
+    _grey(ax.figure.colorbar(image, ax=ax, shrink=0.8, label="share of the kernel kept"))
     return ax
 
 
@@ -168,6 +192,12 @@ def _axes(ax: Axes | None, xlabel: str, ylabel: str) -> Axes:
     ax.grid(color=INK, alpha=0.25, lw=0.6)
     sns.despine(ax=ax)
     return ax
+
+
+def _grey(bar: Any) -> None:
+    bar.ax.yaxis.label.set_color(INK)
+    bar.ax.tick_params(colors=INK)
+    bar.outline.set_edgecolor(INK)
 
 
 def _legend(ax: Axes, title: str = "") -> Axes:

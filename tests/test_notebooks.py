@@ -1,5 +1,6 @@
 """Parameters of notebooks, and the notebooks rerun with other ones."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,18 @@ def test_schedules_run_with_other_parameters(tmp_path: Path) -> None:
     assert "287 held-out images; 3 seeds" in printed(found)
 
 
+@pytest.mark.slow
+def test_a_trained_network_is_measured_anew(imagenet_folder: Path, tmp_path: Path) -> None:
+    few = {"images": 8, "filter_shares": [0.05], "weight_shares": [0.3], "rounds": 1}
+    small = {"epochs": 2, "width": 16, "sparsity": 0.5}
+    places = {"data_root": str(imagenet_folder), "measured": "new.json"}
+    found = rerun("smaller-networks", tmp_path, **small, **few, **places)
+    assert "on a sample of 8 images" in printed(found)
+    measured = json.loads((tmp_path / "new.json").read_text("utf-8"))
+    assert len(measured["cuts"]) == 4
+    assert measured["provenance"]["dataset"]["test_images"] == 8
+
+
 def solutions(name: str) -> list[str]:
     """Return the Python code of a notebook's folded solutions."""
     notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
@@ -174,6 +187,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("what-is-pruning", {"epoch": 3}, "no parameter epoch"),
     ("lagrangian-smoothing", {"sparsity": -0.1}, r"sparsity must be in \[0, 1\), not -0\.1"),
     ("schedules", {"width": 0}, "width must be at least 1, not 0"),
+    ("smaller-networks", {"sparsity": 1.0}, r"sparsity must be in \[0, 1\), not 1\.0"),
+    ("smaller-networks", {"images": 0}, "images must be at least 1, not 0"),
 ]
 
 

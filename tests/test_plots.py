@@ -156,6 +156,20 @@ def test_map_writes_each_value_and_a_cross_where_there_is_none() -> None:
     assert bottom < top  # the first row is the lowest
 
 
+def test_kept_weights_are_drawn_side_by_side_under_their_labels() -> None:
+    ax = plots.kept_weights({"a": np.eye(4), "b": np.zeros((4, 2))})
+    first, second = ax.images
+    assert first.get_extent() == [0, 4, 4, 0]
+    assert second.get_extent()[0] > 4 and np.ptp(second.get_extent()[:2]) == pytest.approx(2)
+    np.testing.assert_array_equal(first.get_array(), np.eye(4))
+    assert first.get_clim() == second.get_clim() == (0, 1)
+    assert [text.get_text() for text in ax.texts] == ["a", "b"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("input maps", "output maps")
+    for text in [*ax.texts, *ax.get_yticklabels(), *ax.figure.axes[1].get_yticklabels()]:
+        assert contrast(text.get_color(), 1.0) > 3.9
+        assert contrast(text.get_color(), 0.01) > 3.9
+
+
 def test_map_can_be_read_on_a_light_and_on_a_dark_page() -> None:
     ax = plots.heat_map(GRID, "accuracy (%)")
     ax.figure.canvas.draw()

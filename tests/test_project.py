@@ -41,6 +41,7 @@ LAYERS: dict[str, set[str]] = {
     "files": set(),
     "images": set(),
     "cifar10": {"files", "images"},
+    "imagenet": {"images"},
     "data": {"cifar10"},
     "models": set(),
     "records": {"files"},
