@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import swdlib
+from swdlib.experiments import UNDECIDING
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,6 +105,14 @@ def test_layers_go_one_way() -> None:
 def test_module_imports_only_what_lies_before_it(module: str) -> None:
     assert module in LAYERS, f"add {module} to LAYERS"
     assert siblings(module) <= reachable(module)
+
+
+def test_what_stands_for_the_code_of_a_run_is_all_that_it_imports() -> None:
+    deciding, found = {"experiments"}, {"experiments"}
+    while found:
+        found = {name for module in found for name in siblings(module)} - deciding
+        deciding |= found
+    assert set(MODULES) - deciding == set(UNDECIDING) - {"__init__"}
 
 
 @pytest.mark.parametrize("module", sorted({"plots", "records"} & set(MODULES)))
