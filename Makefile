@@ -1,6 +1,6 @@
 # make book    build the book in _build/html          make test    every test
 # make check   format, lint, types and quick tests    make clean   remove what was built
-# make strip   remove the outputs from the stored notebooks
+# make strip   remove the outputs from the notebooks  make bench   measure what selection costs
 # make notebook NAME=swd-on-cifar10 ARGS="-p profile laptop -p seed 1"
 PYTHON ?= python3
 PROFILE ?= smoke
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebook strip clean distclean
+.PHONY: help book test check bench notebook strip clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -16,8 +16,9 @@ help:
 book: $(VENV)/.book
 	$(BIN)/python book/build.py book --profile $(PROFILE)
 
+# Two processes, each with whole files of tests, since the tests of a file share what takes long to make.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -28,6 +29,10 @@ check: $(VENV)/.test
 notebook: $(VENV)/.book
 	$(if $(NAME),,$(error Say which notebook to run, for example: make notebook NAME=swd-on-cifar10))
 	$(BIN)/python book/build.py notebook $(NAME) $(ARGS)
+
+# On a machine that others use too: make bench OMP_NUM_THREADS=1
+bench: $(VENV)/.book
+	$(if $(OMP_NUM_THREADS),OMP_NUM_THREADS=$(OMP_NUM_THREADS)) $(BIN)/python book/bench.py $(ARGS)
 
 strip: $(VENV)/.book
 	$(BIN)/python book/build.py strip

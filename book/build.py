@@ -1,13 +1,15 @@
 """Run the book's notebooks and build its pages: `make book` and `make notebook` call this file.
 
 The notebooks are stored without outputs. They run through papermill in a copy of the book, under
-_build, where Jupyter Book then turns them into pages without running anything again.
+_build, where Jupyter Book then turns them into pages without running anything again. What a page
+says of its own making (`reruns`) and the API reference (`api`) are written into that copy.
 """
 
 import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,10 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "book"
+sys.path.insert(0, str(ROOT))  # run as a script, Python looks in book/ alone
+
+from book import api, probes, reruns  # noqa: E402
+
 KEPT = ("kernelspec", "language_info")
 TRACES = ("papermill", "execution", "collapsed", "scrolled")
 NOT_STAGED = ("_ext", "*.py", "__pycache__", ".ipynb_checkpoints", "smoke", "checkpoints")
@@ -71,11 +77,18 @@ def build(book: Path, target: Path, profile: str = "smoke") -> Path:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     stage = target / "_build" / "stage"
     copy_sources(book, stage)
+    runs = []
     for name in notebook_names(book):
         source, staged = book / f"{name}.ipynb", stage / f"{name}.ipynb"
         known = {"profile": profile} if "profile" in parameters_of(source) else {}
-        execute(source, staged, known, folder=staged.parent)
+        run = execute(source, staged, known, folder=stage)
         check_outputs(staged)
+        shutil.copy(source, stage / "data" / name)
+        # A run that ends meanwhile leaves a record that is not staged.
+        run.files = [str(p) for p in within(run.files, (book, stage)) if (stage / p).is_file()]
+        insert_box(staged, run)
+        runs.append(run)
+    fill(stage, runs)
     return make_pages(stage, book.parent / "_config.yml", target)
 
 
@@ -106,19 +119,72 @@ def parameters_of(notebook: Path) -> list[str]:
     return list(papermill.inspect_notebook(str(notebook)))
 
 
-def execute(source: Path, target: Path, parameters: dict[str, Any], folder: Path) -> None:
-    """Run a notebook in `folder` and write it with its outputs.
+def execute(source: Path, target: Path, parameters: dict[str, Any], folder: Path) -> reruns.Run:
+    """Run a notebook in `folder`, write it with its outputs, and return what it drew and read.
 
-    Raises ValueError for an unknown parameter, of which papermill only warns.
+    The numbers behind its figures go to `data/<name>/` beside it. Raises ValueError for an unknown
+    parameter, of which papermill only warns.
     """
     known = parameters_of(source)
     if unknown := sorted(set(parameters) - set(known)):
         allowed = ", ".join(known) or "none"
         raise ValueError(f"{source.name} has no parameter {', '.join(unknown)}; it has: {allowed}")
     print(f"Running {source.name} {parameters or ''}", flush=True)
+    run = reruns.describe(source, parameters)
+    nbformat.write(probes.added(source), target)
     papermill.execute_notebook(
-        str(source), str(target), parameters=parameters, cwd=str(folder), progress_bar=False
+        str(target), str(target), parameters=parameters, cwd=str(folder), progress_bar=False
     )
+    notebook = nbformat.read(target, as_version=4)
+    run.files = probes.files_read(notebook)
+    run.figures = probes.numbers_drawn(notebook, target.parent, f"data/{target.stem}")
+    nbformat.write(notebook, target)
+    return run
+
+
+def within(files: list[str], folders: tuple[Path, ...]) -> list[Path]:
+    """Return the files that come with the book, relative to it; folders that it has are `folders`.
+
+    What runs left there is not of the book.
+    """
+    found = [
+        Path(file).relative_to(folder.resolve())
+        for file in files
+        for folder in folders
+        if Path(file).is_relative_to(folder.resolve())
+    ]
+    return sorted({path for path in found if not set(path.parts) & set(NOT_STAGED)})
+
+
+def insert_box(notebook: Path, run: reruns.Run) -> None:
+    """Say below a notebook's first code cells, its parameters, how to rerun it."""
+    content = nbformat.read(notebook, as_version=4)
+    kinds = [cell.cell_type for cell in content.cells]
+    place = next(
+        (i for i in range(kinds.index("code"), len(kinds)) if kinds[i] != "code"), len(kinds)
+    )
+    content.cells.insert(place, nbformat.v4.new_markdown_cell(reruns.box(run)))
+    nbformat.write(content, notebook)
+
+
+def fill(stage: Path, runs: list[reruns.Run]) -> None:
+    """Put what is generated in the place of the lines `% generated: ...` of the staged pages."""
+    records = stage / "records"
+    parts: dict[str, Any] = {
+        "api": api.reference,
+        "chapters": lambda: reruns.every_chapter(runs),
+        "pages": lambda: reruns.every_page(runs),
+        "records": lambda: reruns.every_record(records),
+        "expected": lambda: reruns.expected(records),
+    }
+    for page in stage.glob("*.md"):
+        text = re.sub(
+            r"^% generated: (\w+) ?(\w*)$",
+            lambda found: parts[found[1]](*filter(None, [found[2]])),
+            page.read_text("utf-8"),
+            flags=re.MULTILINE,
+        )
+        page.write_text(text, encoding="utf-8")
 
 
 def check_outputs(notebook: Path) -> None:

@@ -1,19 +1,27 @@
-"""The command line: `swdlib run`, `swdlib sweep` and `swdlib show`.
+"""The command line: `swdlib run`, `swdlib sweep`, `swdlib show` and `swdlib check`.
 
 The flags of `run` and `sweep` are the fields of `Config`; `sweep` takes several values for each.
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swdlib import records
+from swdlib.audits import audit_all
+from swdlib.claims import Busy
 from swdlib.config import Config, type_of
 from swdlib.devices import is_main_process
-from swdlib.experiments import run
+from swdlib.dryruns import dry_run
+from swdlib.places import BUSY, local, on_ray, run_alone
 from swdlib.records import load_records
-from swdlib.sweeps import grid, sweep
+from swdlib.sweeps import grid, read_grid, sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,33 +36,70 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and do what it asks; a mistake in it is told without a traceback."""
     options = parser().parse_args(arguments)
     try:
-        options.do(options)
-    except (ValueError, OSError) as error:
+        with _terminated_as_interrupted():
+            options.do(options)
+    except Busy as error:
+        print(f"swdlib: {error}", file=sys.stderr)
+        sys.exit(BUSY)
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"swdlib: error: {error}")
     except KeyboardInterrupt:
         sys.exit("swdlib: stopped; the same command goes on from the last checkpoint")
 
 
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """In the context, SIGTERM ends a command as Ctrl-C does: claims are given back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     top = argparse.ArgumentParser(prog="swdlib", description="Train and prune; keep records.")
-    commands = top.add_subparsers(required=True, metavar="{run,sweep,show}")
+    commands = top.add_subparsers(required=True, metavar="{run,sweep,show,check}")
     one = _command(commands, "run", _run, "train one network, unless it is on record")
     one.add_argument("--again", action="store_true", help="train even if it is on record")
+    one.add_argument("--dry-run", action="store_true", help="two steps, and what all would take")
     _add_settings(one)
-    many = _command(commands, "sweep", _sweep, "run every combination of the values given")
+    many = _command(commands, "sweep", _sweep, "run a grid file, or every combination of values")
+    _add_places(many)
     _add_settings(many, nargs="+")
     _command(commands, "show", _show, "print the records as a table")
+    check = _command(commands, "check", _check, "verify every record", "records")
+    check.add_argument("--data-root", metavar="FOLDER", help="data to compute figures again with")
     return top
 
 
 def _command(
-    commands: Any, name: str, do: Callable[[argparse.Namespace], None], meaning: str
+    commands: Any,
+    name: str,
+    do: Callable[[argparse.Namespace], None],
+    meaning: str,
+    folder: str = "--records",
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=meaning, description=meaning)
     command.set_defaults(do=do)
-    command.add_argument("--records", metavar="FOLDER", help="where records are kept")
+    optional: dict[str, Any] = {} if folder.startswith("-") else {"nargs": "?"}
+    command.add_argument(folder, metavar="FOLDER", help="where records are kept", **optional)
     return command
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
+    command.add_argument("grid", nargs="?", metavar="GRID.toml", help="file of settings and lists")
+    add = command.add_argument
+    add("--on", choices=("local", "ray"), default="local", help="where the runs are done")
+    add("--retries", type=int, default=2, help="how often a run that fails is begun again")
+    add("--jobs", type=int, default=1, help="local: processes at a time")
+    add("--cpus", type=float, default=1, help="ray: processors that a run asks for")
+    add("--gpus", type=float, default=0, help="ray: GPUs that a run asks for")
+    add("--address", help="ray: of a cluster (default: RAY_ADDRESS, or this machine)")
 
 
 def _add_settings(command: argparse.ArgumentParser, **options: Any) -> None:
@@ -92,16 +137,38 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 def _run(options: argparse.Namespace) -> None:
     config = Config(**_given(options))
-    record = run(config, options.records, again=options.again)
+    if options.dry_run:
+        estimate = dry_run(config)
+        if is_main_process():
+            print(estimate.text())
+        return
+    record = run_alone(config, options.records, again=options.again)
     if is_main_process():
         print(f"{config.title()}\n{record.summary()}")
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    configs = grid(_given(options))
-    for record in sweep(configs, options.records):
-        if is_main_process():
-            print(record.summary(), flush=True)
+    given = _given(options)
+    configs = read_grid(options.grid, given) if options.grid else grid(given)
+    folder = Path(options.records or records.default_folder())
+    if options.on == "ray":
+        where = on_ray(folder, cpus=options.cpus, gpus=options.gpus, address=options.address)
+    else:
+        where = local(folder, options.jobs)
+    with where as place:
+        outcomes = list(sweep(configs, folder, place, retries=options.retries, tell=_say))
+    runs = {records.address(config.settings()) for config in configs}
+    table = load_records(folder)
+    if not table.empty:
+        print(tidy(table[table["run"].isin(runs)]).to_string(index=False, na_rep="-"))
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        lines = [f"\n  {outcome.config.title()}: {outcome.error}" for outcome in failed]
+        raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed:{''.join(lines)}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -111,9 +178,22 @@ def _show(options: argparse.Namespace) -> None:
     print(tidy(table).to_string(index=False, na_rep="-"))
 
 
-def tidy(records: "pd.DataFrame") -> "pd.DataFrame":
+def _check(options: argparse.Namespace) -> None:
+    folder = Path(options.records or records.default_folder())
+    root = Path(options.data_root) if options.data_root else None
+    wrong = total = 0
+    for found in audit_all(folder, root):
+        _say(str(found))
+        total, wrong = total + 1, wrong + bool(found.problems)
+    if not total:
+        raise ValueError(f"there is no record in {folder}")
+    if wrong:
+        raise ValueError(f"{wrong} of {total} records in {folder} are wrong")
+
+
+def tidy(table: "pd.DataFrame") -> "pd.DataFrame":
     """The last row of each run, the columns that matter, best seen side by side."""
-    last = records.groupby("run", sort=False).tail(1)
+    last = table.groupby("run", sort=False).tail(1)
     columns = [name for name in SHOWN if name in last]
     order = [c for c in ("dataset", "model", "width", "target_sparsity", "recipe") if c in last]
     return (

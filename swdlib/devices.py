@@ -1,6 +1,8 @@
 """Devices: where a run happens, and in what arithmetic. accelerate knows the rest."""
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -49,8 +51,46 @@ def main_process_first() -> AbstractContextManager[None]:
     return context
 
 
-def make_accelerator(device: torch.device, precision: Precision) -> Any:
-    """An accelerate.Accelerator for `device`; fp16 needs a GPU, else ValueError."""
+@dataclass(frozen=True)
+class Tracker:
+    """Where the figures of a run are sent while it lasts.
+
+    `name` is a tracker that accelerate knows; those that write files do so in `folder`. `run` names
+    the run and `settings` are its configuration. Raises ValueError if there is no such tracker.
+    """
+
+    name: str
+    folder: Path = Path("trackers")
+    run: str = "run"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_tracker(self.name)
+
+    def start(self, accelerator: Any) -> None:
+        """Begin a run of project "swdlib" with the tracker."""
+        named = {"wandb": {"name": self.run}, "trackio": {"name": self.run}}
+        named["mlflow"] = {"run_name": self.run}  # the others have no name for a run, or their own
+        given = {name: value for name, value in self.settings.items() if value is not None}
+        accelerator.init_trackers("swdlib", given, named)
+
+
+def check_tracker(name: str) -> None:
+    """ValueError if accelerate knows no tracker `name`, or its package is not installed."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [str(kind) for kind in LoggerType.list() if kind != "all"]
+    if name not in known:
+        raise ValueError(f"tracker must be one of {', '.join(known)}, not {name!r}")
+    if name not in map(str, get_available_trackers()):
+        raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
+
+
+def make_accelerator(
+    device: torch.device, precision: Precision, tracker: Tracker | None = None
+) -> Any:
+    """An accelerate.Accelerator for `device`, its tracker begun; fp16 needs a GPU or ValueError."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -59,4 +99,10 @@ def make_accelerator(device: torch.device, precision: Precision) -> Any:
     # accelerate keeps one precision and device a process; a notebook may train with several.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     mixed = "no" if precision == "fp32" else precision
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+    options = {"mixed_precision": mixed, "cpu": device.type == "cpu"}
+    if tracker is None:
+        return Accelerator(**options)
+    folder = tracker.folder / tracker.run
+    accelerator = Accelerator(**options, log_with=tracker.name, project_dir=folder)
+    tracker.start(accelerator)
+    return accelerator

@@ -13,6 +13,8 @@ from swdlib.metrics import count_correct
 class Data(Protocol):
     """What the loop needs of a dataset; batches are the same however often they are drawn."""
 
+    @property
+    def device(self) -> torch.device: ...
     def steps(self, batch_size: int, *, world: int = 1) -> int: ...
     def train_batches(
         self,
@@ -29,11 +31,6 @@ class Data(Protocol):
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
-def device_of(data: Data) -> torch.device:
-    """The device that `data` makes its batches on."""
-    return next(data.test_batches(2))[0].device
-
-
 def evaluate(
     model: nn.Module,
     data: Data,
@@ -42,7 +39,7 @@ def evaluate(
     batch_size: int = 1000,
 ) -> dict[str, float]:
     """Mean loss, and Top-1 and Top-5 accuracy in percent, over all test images of `data`."""
-    model.to(device_of(data))
+    model.to(data.device)
     return means(sums_over_test(model, data, loss, batch_size))
 
 

@@ -16,10 +16,9 @@ from torch.optim import SGD
 
 from swdlib import records
 from swdlib.config import Config, phases_of
-from swdlib.data import load_data
-from swdlib.devices import find_device, is_main_process, main_process_first
+from swdlib.data import AnyDataset, load_data
+from swdlib.devices import Tracker, find_device, is_main_process, main_process_first
 from swdlib.files import write_whole
-from swdlib.images import Dataset
 from swdlib.masks import NotFinite
 from swdlib.models import build_model
 from swdlib.records import Record
@@ -27,17 +26,9 @@ from swdlib.training import Options, train
 
 # Modules without which a run is the same to the bit: what shows results, or uses a network after.
 UNDECIDING = (
-    *(
-        "__init__",
-        "attention",
-        "cli",
-        "deploy",
-        "imagenet",
-        "interactive",
-        "notebooks",
-        "onnx_files",
-        "plots",
-    ),
+    *("__init__", "attention", "audits", "checks", "claims"),
+    *("cli", "deploy", "dryruns", "history", "imagenet"),
+    *("interactive", "notebooks", "onnx_files", "places", "plots"),
     *("shrinking", "sparse_files", "sparse_kernels", "sweeps"),
 )
 
@@ -65,6 +56,9 @@ def run(
     model = build(config, data)
     checkpoint = path.parent / "checkpoints" / f"{path.stem}.pt"
     options = options_of(config, checkpoint=checkpoint, progress=progress)
+    if config.tracker:
+        trackers = path.parent / "trackers"
+        options["log_to"] = Tracker(config.tracker, trackers, path.stem, config.settings())
     record = _train(config, model, data, options)
     if is_main_process():
         network = path.with_suffix(".safetensors")
@@ -74,7 +68,7 @@ def run(
     return record
 
 
-def build(config: Config, data: Dataset) -> nn.Module:
+def build(config: Config, data: AnyDataset) -> nn.Module:
     """The configuration's network for `data`, its weights drawn from the configuration's seed."""
     torch.manual_seed(config.seed)
     return build_model(
@@ -99,8 +93,9 @@ def options_of(config: Config, **more: Any) -> dict[str, Any]:
     return {"optimizer": optimizer, **{name: getattr(config, name) for name in shared}, **more}
 
 
-def _train(config: Config, model: nn.Module, data: Dataset, options: dict[str, Any]) -> Record:
-    settings = {**config.settings(), "data_root": None}  # a folder of this machine is no result
+def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str, Any]) -> Record:
+    # A folder of this machine is no result, nor who is told of it.
+    settings = {**config.settings(), "data_root": None, "tracker": None}
     facts = provenance(data)
     try:
         example = next(data.test_batches(2))[0]
@@ -110,10 +105,10 @@ def _train(config: Config, model: nn.Module, data: Dataset, options: dict[str, A
     return Record(settings, rows, facts)
 
 
-def provenance(data: Dataset) -> dict[str, Any]:
+def provenance(data: AnyDataset) -> dict[str, Any]:
     """With what a run was made: dataset, versions, code and machine."""
     packages = ("torch", "torchvision", "accelerate", "numpy")
-    device = data.train.images.device
+    device = data.device
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "dataset": {

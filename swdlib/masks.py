@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import SupportsFloat
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,12 +52,20 @@ def find_groups(model: nn.Module, structure: Structure) -> list[Group]:
 
 def parameters_of(groups: Sequence[Group]) -> dict[str, nn.Parameter]:
     """The parameters that the groups count, by name."""
-    return {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    found: dict[str, nn.Parameter] = {}
+    for group in groups:
+        found |= group.parameters
+    return found
 
 
 def prunable(groups: Sequence[Group]) -> int:
     """The number of weights that the groups count."""
     return sum(parameter.numel() for parameter in parameters_of(groups).values())
+
+
+def are_single(groups: Sequence[Group]) -> bool:
+    """Whether each unit is a single weight that may go whatever becomes of the others."""
+    return all(type(group) is Group and group.size == 1 for group in groups)
 
 
 def lowest_by_sort(
@@ -89,37 +98,38 @@ def lowest_coupled(groups: Sequence[Coupled], scores: Sequence[Tensor], count: i
     """
     flat = torch.cat([s.to(scores[0].device) for s in scores])
     order = flat.argsort(stable=True)
-    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(s) for s in scores]))
-    owner = owner[order.cpu()]
+    owner = np.repeat(np.arange(len(groups)), [len(s) for s in scores])[order.cpu().numpy()]
     remains = _counter(groups)
-    goal = remains(torch.zeros(len(groups), dtype=torch.long)) - count
+    goal = remains(np.zeros(len(groups), dtype=np.int64)) - count
     fewest, most = 0, len(order)
     while fewest < most:
         middle = (fewest + most) // 2
-        if remains(owner[:middle].bincount(minlength=len(groups))) > goal:
+        if remains(np.bincount(owner[:middle], minlength=len(groups))) > goal:
             fewest = middle + 1
         else:
             most = middle
     return _first(order, fewest, scores)
 
 
-def _counter(groups: Sequence[Coupled]) -> Callable[[Tensor], int]:
+def _counter(groups: Sequence[Coupled]) -> Callable[[np.ndarray], int]:
     """A function: number of units removed of each group -> parameters of the shrunk network."""
-    # (parameter, dim) -> the number of slices that a unit of each group owns
-    owned: dict[tuple[str, int], Tensor] = {}
-    for i, group in enumerate(groups):
-        for part in group.parts:
-            row = owned.setdefault((part.name, part.dim), torch.zeros(len(groups)).long())
-            row[i] += int((part.units == 0).sum())
     network = groups[0].parameters
-    touched = {name for name, _ in owned}
-    rest = sum(p.numel() for name, p in network.items() if name not in touched)
+    number = {name: i for i, name in enumerate(network)}
+    rows = {key: i for i, key in enumerate({key: None for g in groups for key in g.slices})}
+    # Row: a parameter's dimension; column: a group; how many slices each of its units owns.
+    owned = np.zeros((len(rows), len(groups)), dtype=np.int64)
+    for column, group in enumerate(groups):
+        for key, slices in group.slices.items():
+            owned[rows[key], column] = slices
+    lengths = np.array([network[name].shape[dim] for name, dim in rows])
+    parameter = np.array([number[name] for name, _ in rows])
+    others = np.array([p.numel() for p in network.values()])  # without the dimensions above
+    np.floor_divide.at(others, parameter, lengths)
 
-    def remains(removed: Tensor) -> int:
-        sizes = {name: list(network[name].shape) for name in touched}
-        for (name, dim), row in owned.items():
-            sizes[name][dim] -= int(row @ removed)
-        return rest + sum(math.prod(size) for size in sizes.values())
+    def remains(removed: np.ndarray) -> int:
+        sizes = others.copy()
+        np.multiply.at(sizes, parameter, lengths - owned @ removed)
+        return int(sizes.sum())
 
     return remains
 
@@ -198,13 +208,15 @@ def _require_reached(
     groups: Sequence[Group], ranks: Sequence[Tensor], chosen: Sequence[Tensor], sparsity: float
 ) -> None:
     """Unreachable if a unit was taken that has to stay."""
+    device = ranks[0].device
+    every, taken = (torch.cat([part.to(device) for part in parts]) for parts in (ranks, chosen))
+    if not every.masked_fill(~taken, 0.0).max().isinf():
+        return
     names = [
         group.name
         for group, rank, units in zip(groups, ranks, chosen, strict=True)
-        if units.any() and rank[units].isinf().any()
+        if rank[units].isinf().any()
     ]
-    if not names:
-        return
     free = [~rank.isinf() for rank in ranks]
     removed = removed_weights(groups, free)
     most = sum(int(gone.sum()) for gone in removed.values()) / prunable(groups)

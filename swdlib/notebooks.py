@@ -1,9 +1,19 @@
-"""Notebooks: what the book's notebooks need of papermill and lack."""
+"""Notebooks: what the book's notebooks need of papermill and lack, and what their pages show."""
 
 import ast
-from collections.abc import Mapping
+import csv
+import io
+import sys
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+CSV = "text/csv"
+
+_read: list[str] = []  # what was read since `keep_numbers`
 
 
 def check_parameters(namespace: Mapping[str, Any]) -> None:
@@ -26,3 +36,88 @@ def _assigned(source: str) -> set[str]:
     """The names that a cell sets."""
     nodes = ast.walk(ast.parse(source))
     return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def keep_numbers() -> None:
+    """From here on, figures that a notebook shows bring their numbers along as text/csv.
+
+    Also notes the JSON files that are opened, for `files_read`. To be called in a notebook's kernel
+    alone: neither can be undone.
+    """
+    from IPython import get_ipython  # there is one wherever a notebook runs
+    from IPython.core.formatters import BaseFormatter
+    from matplotlib.figure import Figure
+    from traitlets import Unicode
+
+    class CsvFormatter(BaseFormatter):
+        format_type = Unicode(CSV)
+
+        def __call__(self, shown: Any) -> str | None:
+            # Not registered for figures: matplotlib's backend unregisters what is.
+            return figure_csv(shown) or None if isinstance(shown, Figure) else None
+
+    display = get_ipython().display_formatter
+    display.formatters[CSV] = CsvFormatter(parent=display)
+    sys.addaudithook(_note_reading)
+
+
+def _note_reading(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and str(arguments[0]).endswith(".json") and "r" in str(arguments[1]):
+        _read.append(str(Path(str(arguments[0])).resolve()))
+
+
+def files_read() -> list[str]:
+    """The JSON files that were read since `keep_numbers`, such as records; each once."""
+    return list(dict.fromkeys(_read))
+
+
+def figure_csv(figure: Any) -> str:
+    """The numbers that a matplotlib figure shows, a line a point: CSV with the axes' labels.
+
+    `series` is the label in the legend. Of lines, points and bars the columns x and y are named as
+    the axes are; a picture or heat map has a row, a column and a value.
+    """
+    file = io.StringIO()
+    write = csv.writer(file, lineterminator="\n").writerow
+    for ax in figure.axes:
+        names = ["series", ax.get_xlabel() or "x", ax.get_ylabel() or "y"]
+        drawn = [(names, _points(ax)), (["series", "row", "column", "value"], _grids(ax))]
+        for header, rows in drawn:
+            for i, row in enumerate(rows):
+                if i == 0:
+                    write(header)
+                write(row)
+    return file.getvalue()
+
+
+def _points(ax: Any) -> Iterator[list[Any]]:
+    for line in ax.get_lines():
+        # A line across the whole picture, such as an axis, is no data.
+        if all(line.get_transform().contains_branch_seperately(ax.transData)):
+            yield from _named(line, line.get_xdata(), line.get_ydata())
+    for patch in ax.patches:
+        if hasattr(patch, "get_data"):  # stairs: counts between edges
+            counts, edges, _ = patch.get_data()
+            yield from _named(patch, edges[:-1], counts)
+        elif hasattr(patch, "get_height"):
+            yield from _named(patch, [patch.get_x() + patch.get_width() / 2], [patch.get_height()])
+    for points in ax.collections:
+        if type(points).__name__ == "PathCollection":  # what scatter draws
+            yield from _named(points, *np.asarray(points.get_offsets()).T)
+
+
+def _named(artist: Any, x: Any, y: Any) -> Iterator[list[Any]]:
+    label = str(artist.get_label())
+    name = "" if label.startswith("_") else label
+    return (
+        [name, a, b] for a, b in zip(np.asarray(x).tolist(), np.asarray(y).tolist(), strict=True)
+    )
+
+
+def _grids(ax: Any) -> Iterator[list[Any]]:
+    meshes = [m for m in ax.collections if type(m).__name__ == "QuadMesh"]
+    for i, picture in enumerate([*meshes, *ax.images]):
+        values = np.ma.filled(np.ma.asarray(picture.get_array()).astype(float), np.nan)
+        if values.ndim == 2 and ax.get_label() != "<colorbar>":
+            for row, column in np.ndindex(*values.shape):
+                yield [i, row, column, values[row, column].item()]

@@ -1,5 +1,6 @@
 """Penalties: terms of the loss that prepare a network for pruning while it trains."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,17 +13,22 @@ from swdlib.criteria import Criterion, magnitude
 from swdlib.masks import (
     Masks,
     apply_,
+    are_single,
     check_sparsity,
     find_groups,
     fitted,
     parameters_of,
+    prunable,
     removed_weights,
     select,
     select_units,
 )
 from swdlib.movement import Movement, check_units
+from swdlib.radix import masks_without_waiting
 from swdlib.schedules import Exponential, Schedule, as_schedule, check_not_negative
+from swdlib.selection import Threshold, are_alike
 from swdlib.structures import Structure, weights
+from swdlib.updates import add_, add_compiled_, divide_
 
 Update = Literal["gradient", "proximal"]
 
@@ -78,6 +84,8 @@ class SelectiveWeightDecay(joins.Joined):
         self.update = update
         self.step = 0
         self._movement = Movement()
+        self._threshold = Threshold()
+        self._plain = criterion is magnitude and allocation is together and are_single(self.groups)
         self._owned: set[int] = set()
         self._check()
 
@@ -121,6 +129,13 @@ class SelectiveWeightDecay(joins.Joined):
         norm = torch.stack([square.to(device) for square in squares]).sum()
         return 0.5 * self.strength * self.weight_decay * norm
 
+    def compile(self) -> None:
+        """Use compiled code for single weights that rank by magnitude, on a CPU; it selects alike.
+
+        It needs a C++ compiler, and at the first steps half a minute for a network like ResNet-50.
+        """
+        self._threshold.compiled = True
+
     def advance(self) -> None:
         """Count an optimizer step."""
         self.step += 1
@@ -158,12 +173,12 @@ class SelectiveWeightDecay(joins.Joined):
     @torch.no_grad()
     def _add_gradients(self) -> None:
         scale = self.strength * self.weight_decay
-        for parameter, chosen in self._selected():
-            if parameter.grad is None:  # the penalty alone gives a gradient, as in autograd
-                parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse:  # of nn.Embedding(sparse=True): no dense sum fits in it
-                parameter.grad = parameter.grad.to_dense()
-            parameter.grad.add_(parameter.masked_fill(~chosen, 0.0), alpha=scale)
+        updates = [(_gradient(p), p, chosen) for p, chosen in self._selected()]
+        if self._threshold.compiled:
+            add_compiled_(updates, scale)
+            return
+        for gradient, parameter, chosen in updates:
+            add_(gradient, parameter, chosen, scale)
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer) -> None:
@@ -177,13 +192,28 @@ class SelectiveWeightDecay(joins.Joined):
         rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
         scale = self.strength * self.weight_decay
         for parameter, chosen in self._selected():
-            factor = 1.0 + rates[id(parameter)] * scale
-            parameter.copy_(torch.where(chosen, parameter / factor, parameter))
+            divide_(parameter, chosen, 1.0 + rates[id(parameter)] * scale)
 
-    def _selected(self) -> list[tuple[nn.Parameter, Tensor]]:
-        gone = removed_weights(self.groups, self._units())
-        pairs = [(p, gone[name]) for name, p in self.parameters.items()]
+    def _selected(self) -> list[tuple[nn.Parameter, Tensor | float]]:
+        """Parameters and which of their weights are in w*, as `updates` takes it."""
+        chosen = self._by_magnitude()
+        if chosen is None:
+            chosen = [*removed_weights(self.groups, self._units()).values()]
+        pairs = zip(self.parameters.values(), chosen, strict=True)
         return [(p, c) for p, c in pairs if p.requires_grad and id(p) in self._owned]
+
+    def _by_magnitude(self) -> Sequence[Tensor | float] | None:
+        """w* of single weights that rank by magnitude, with no mask made; None for all else."""
+        parameters = [*self.parameters.values()]
+        count = round(self.sparsity * prunable(self.groups))
+        if not (self._plain and count and are_alike(parameters)):
+            return None
+        if parameters[0].is_cuda:
+            return masks_without_waiting(parameters, count)
+        lowest = self._threshold.find(parameters, count)
+        if lowest is None:  # a weight is NaN or infinite, and will be named
+            return None
+        return [lowest.chosen(i, parameter) for i, parameter in enumerate(parameters)]
 
     def _units(self) -> list[Tensor]:
         return select_units(self.groups, self.sparsity, self.criterion, self.allocation)
@@ -222,6 +252,15 @@ class SelectiveWeightDecay(joins.Joined):
         check_units(self.groups, reported)
         self.step, self.masks = state["step"], masks
         self._movement.units = list(reported)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """The parameter's gradient, made if there is none or no sum fits in it."""
+    if parameter.grad is None:  # the penalty alone gives a gradient, as in autograd
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.is_sparse:  # of nn.Embedding(sparse=True)
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
 
 
 def _check_strength(strength: float) -> float:

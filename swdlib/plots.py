@@ -5,7 +5,7 @@ new figure if it is None, and returns the Axes. Backgrounds are transparent and 
 a figure can be read on a light and on a dark page; colours are seaborn's colour-blind palette.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.transforms import Affine2D
 
 from swdlib.records import HISTOGRAM_RANGE
 
@@ -125,6 +126,59 @@ def paths(
     return _legend(ax)
 
 
+def weight_paths(
+    sizes: Mapping[str, Any], threshold: Sequence[float], ax: Axes | None = None
+) -> Axes:
+    """Absolute weights step by step, a thin line a weight: label -> sizes (steps, weights).
+
+    Below `threshold`, given for each step, a weight is selected. A zero has no place on the
+    logarithmic axis.
+    """
+    ax = _axes(ax, "step", "absolute weight |w|")
+    for i, (label, of_steps) in enumerate(sizes.items()):
+        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)], "lw": 1}
+        ax.plot(of_steps, **look)[0].set_label(label)
+    ax.plot(threshold, color=INK, lw=2.5, label="threshold")
+    ax.set_yscale("log")
+    return _legend(ax)
+
+
+def timeline(shares: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axes:
+    """What methods do to the weights while they train, a strip each: label -> a table over epochs.
+
+    Its columns are shares of the weights from 0 to 1; a strip is as high as all of them. The first
+    share is filled, of the others only what is above 0 is drawn.
+    """
+    ax = _axes(ax, "epoch", "", rows=len(shares))
+    ax.grid(visible=False)
+    for i, (label, table) in enumerate(shares.items()):
+        place = Affine2D().scale(1, 0.75).translate(0, -i) + ax.transData
+        ax.axhline(-i, color=INK, lw=0.6)
+        for j, (kind, share) in enumerate(table.items()):
+            look = {"color": COLOURS[j], "ls": STYLES[j], "transform": place}
+            drawn = share.where(share > 0) if j else share
+            ax.plot(share.index, drawn, label=f"_{label}" if i else kind, lw=1.6, **look)
+            if j == 0:
+                ax.fill_between(share.index, share, color=COLOURS[j], alpha=0.35, transform=place)
+        ax.set_xlim(0, table.index.max())
+    ax.set_yticks(-np.arange(len(shares)) + 0.35, list(shares))
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(0.8 - len(shares), 0.9)
+    return _legend_above(ax)
+
+
+def spread(values: pd.DataFrame, xlabel: str, ax: Axes | None = None) -> Axes:
+    """The values of each column as dots in a row of their own, and a bar at their mean."""
+    ax = _axes(ax, xlabel, "", rows=len(values.columns))
+    rows = -np.arange(len(values.columns))
+    look = {"ls": "", "color": COLOURS[0]}
+    for i, (_, of_name) in enumerate(values.items()):
+        ax.plot(of_name, [-i] * len(of_name), "o", alpha=0.7, label="" if i else "a run", **look)
+    ax.plot(values.mean(), rows, "|", ls="", ms=13, mew=2, color=COLOURS[3], label="mean")
+    ax.set_yticks(rows, list(values.columns))
+    return _legend_above(ax)
+
+
 def heat_map(table: pd.DataFrame, label: str, ax: Axes | None = None) -> Axes:
     """The values of a table as colours and numbers; its index and columns name the axes.
 
@@ -142,15 +196,20 @@ def heat_map(table: pd.DataFrame, label: str, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def kept_weights(shares: Mapping[str, Any], ax: Axes | None = None) -> Axes:
-    """What is left of layers: label -> the share of each kernel that is kept, (outputs, inputs).
+def kept_weights(
+    shares: Mapping[str, Any],
+    ax: Axes | None = None,
+    *,
+    label: str = "share of the kernel kept",
+) -> Axes:
+    """What is left of layers: name -> the share of each kernel that is kept, (outputs, inputs).
 
-    They are drawn side by side, each under its label.
+    They are drawn side by side, each under its name; `label` is that of the colours, from 0 to 1.
     """
     ax = _axes(ax, "input maps", "output maps")
     ax.grid(visible=False)
     left = 0.0
-    for label, share in shares.items():
+    for name, share in shares.items():
         rows, columns = np.shape(share)
         image = ax.imshow(
             share,
@@ -160,12 +219,12 @@ def kept_weights(shares: Mapping[str, Any], ax: Axes | None = None) -> Axes:
             vmin=0,
             vmax=1,
         )
-        ax.text(left + columns / 2, -1, label, color=INK, ha="center", va="bottom")
+        ax.text(left + columns / 2, -1, name, color=INK, ha="center", va="bottom")
         left += 1.2 * columns
     ax.set_xlim(0, left - 0.2 * columns)
     ax.set_xticks([])
     ax.spines[:].set_visible(False)
-    _grey(ax.figure.colorbar(image, ax=ax, shrink=0.8, label="share of the kernel kept"))
+    _grey(ax.figure.colorbar(image, ax=ax, shrink=0.8, label=label))
     return ax
 
 
@@ -178,9 +237,10 @@ def name_of(row: "pd.Series[Any]") -> str:
     return f"{name}, {cuts:.0f} cuts" if cuts > 1 else name
 
 
-def _axes(ax: Axes | None, xlabel: str, ylabel: str) -> Axes:
+def _axes(ax: Axes | None, xlabel: str, ylabel: str, rows: int = 0) -> Axes:
     if ax is None:
-        ax = plt.subplots(figsize=(5.6, 3.4), dpi=160, layout="constrained")[1]
+        height = max(3.4, 1 + 0.35 * rows)
+        ax = plt.subplots(figsize=(5.6, height), dpi=160, layout="constrained")[1]
     ax.figure.patch.set_alpha(0.0)
     ax.patch.set_alpha(0.0)
     ax.set_xlabel(xlabel, color=INK)
@@ -204,4 +264,11 @@ def _legend(ax: Axes, title: str = "") -> Axes:
     if ax.get_legend_handles_labels()[1]:
         legend = ax.legend(frameon=False, labelcolor=INK, fontsize="small", title=title)
         legend.get_title().set(color=INK, fontsize="small")
+    return ax
+
+
+def _legend_above(ax: Axes) -> Axes:
+    if legend := _legend(ax).get_legend():
+        legend.set_loc("lower left")
+        legend.set_bbox_to_anchor((0, 1), ax.transAxes)
     return ax

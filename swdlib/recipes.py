@@ -253,7 +253,7 @@ def soft(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> li
     """
 
     def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> GradualPruning:
-        once = steps // epochs
+        once = max(1, steps // epochs)  # a dry run has fewer steps than epochs
         return GradualPruning(
             model,
             sparsity=sparsity,

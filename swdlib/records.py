@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Where and how a run is done, not what: the same result is expected with any of these.
-NOT_ADDRESSED = ("data_root", "device")
+NOT_ADDRESSED = ("data_root", "device", "tracker")
 
 # A row's histogram of the weights counts log10 |w| in equal bins, from 1e-12 to 10: wide enough for
 # what a strong penalty leaves of a weight.

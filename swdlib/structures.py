@@ -8,6 +8,7 @@ example input is a function that returns a structure.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,6 +118,25 @@ class NofM(Group):
 
 
 @dataclass(frozen=True)
+class Ranked:
+    """The parts of one role, which of their slices belong to which unit, and the units' weights."""
+
+    parts: list[tuple[Part, Tensor, Tensor]]
+    weights: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], count: int) -> "Ranked":
+        """Of parts of `count` units."""
+        insides = [(part.units >= 0).nonzero().squeeze(1) for part in parts]
+        found = [(part, i, part.units[i]) for part, i in zip(parts, insides, strict=True)]
+        weights = torch.zeros(count)
+        for part, _, units in found:
+            size = part.parameter.numel() // len(part.units)
+            weights.index_add_(0, units, torch.full((len(units),), float(size)))
+        return cls(found, weights)
+
+
+@dataclass(frozen=True)
 class Coupled(Group):
     """Units that reach through several parameters: a filter, its batch norm, whoever reads its map.
 
@@ -150,25 +170,35 @@ class Coupled(Group):
     def scores(self, criterion: Criterion) -> Tensor:
         """One score a unit, shape (units,): the mean over what the criterion looks at."""
         role = getattr(criterion, "role", "weight")
-        parts = [part for part in self.parts if part.role == role]
-        if not parts:
+        ranked = self._ranked.get(role)
+        if ranked is None:
             raise ValueError(
                 f"{self.name} has no {role} that the criterion could rank; "
                 "use another criterion, such as magnitude"
             )
-        device = self.parameter.device
-        sums, weights = torch.zeros(2, self.count, device=device)
-        for part in parts:
-            scores = score_of(criterion, part.name, part.parameter).movedim(part.dim, 0)
-            of_slices = (
-                scores.flatten(1).float() if scores.ndim > 1 else scores.unsqueeze(1).float()
-            )
-            inside = (part.units >= 0).to(device)
-            units = part.units.to(device)[inside]
-            sums.index_add_(0, units, of_slices.sum(1)[inside])
-            held = torch.full((len(units),), float(of_slices.shape[1]), device=device)
-            weights.index_add_(0, units, held)
-        return sums / weights
+        sums = torch.zeros(self.count, device=self.parameter.device)
+        for part, inside, units in ranked.parts:
+            scores = score_of(criterion, part.name, part.parameter).movedim(part.dim, 0).float()
+            of_slices = scores.flatten(1).sum(1) if scores.ndim > 1 else scores
+            sums.index_add_(0, units.to(sums.device), of_slices[inside.to(sums.device)])
+        return sums / ranked.weights.to(sums.device)
+
+    @cached_property
+    def _ranked(self) -> dict[str, "Ranked"]:
+        """For each role what of its parts belongs to units: it does not change as weights do."""
+        return {
+            role: Ranked.of([part for part in self.parts if part.role == role], self.count)
+            for role in {part.role for part in self.parts}
+        }
+
+    @cached_property
+    def slices(self) -> dict[tuple[str, int], int]:
+        """(Parameter, dim) -> the number of its slices that a unit owns."""
+        owned: dict[tuple[str, int], int] = {}
+        for part in self.parts:
+            key = part.name, part.dim
+            owned[key] = owned.get(key, 0) + int((part.units == 0).sum())
+        return owned
 
     def protect(self, scores: Tensor) -> Tensor:
         """The scores, infinite for the best unit: a layer of none could not be built."""

@@ -19,8 +19,8 @@ from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from swdlib import checkpoints
-from swdlib.devices import Precision, make_accelerator
-from swdlib.evaluation import Data, device_of, means, sums_over_test
+from swdlib.devices import Precision, Tracker, make_accelerator
+from swdlib.evaluation import Data, means, sums_over_test
 from swdlib.masks import Masks, NotFinite, apply_, emptied, find_groups, select, sparsity_of
 from swdlib.metrics import count_correct, parameters, weight_histogram
 from swdlib.recipes import Penalty, Phase, Prune, Train
@@ -51,6 +51,7 @@ class Options:
         checkpoint: file that a stopped run resumes from, bit for bit on a CPU.
         save_every: steps between two writes of the checkpoint.
         progress: whether a bar is shown.
+        log_to: tracker that the numbers of each row are sent to.
     """
 
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = sgd
@@ -65,6 +66,7 @@ class Options:
     checkpoint: Path | None = None
     save_every: int = 200
     progress: bool = True
+    log_to: Tracker | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "save_every"):
@@ -86,6 +88,11 @@ def train(model: nn.Module, data: Data, phases: Sequence[Phase], **options: Any)
     diverges.
     """
     return _Loop(model, data, phases, Options(**options)).run()
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    """What a tracker can draw; a cut, which is at the step of an epoch, has names of its own."""
+    return {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
 
 
 @dataclass
@@ -110,8 +117,8 @@ class _Position:
 class _Loop:
     def __init__(self, model: nn.Module, data: Data, phases: Sequence[Phase], options: Options):
         self.model, self.data, self.phases, self.options = model, data, phases, options
-        self.device = device_of(data)
-        self.accelerator = make_accelerator(self.device, options.precision)
+        self.device = data.device
+        self.accelerator = make_accelerator(self.device, options.precision, options.log_to)
         self.share = {
             "rank": self.accelerator.process_index,
             "world": self.accelerator.num_processes,
@@ -137,6 +144,8 @@ class _Loop:
                 self._carry_out()
         finally:
             self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+            for tracker in self.accelerator.trackers:
+                tracker.finish()  # accelerate's end_training would part the processes as well
         return self.rows
 
     def _carry_out(self) -> None:
@@ -261,6 +270,7 @@ class _Loop:
             "weights": weight_histogram(p for p in self.model.parameters() if is_prunable(p)),
         }
         self.rows.append(row)
+        self.accelerator.log(_numbers(row), step=self.at.steps)
         self.bar.set_postfix(epoch=self.at.epochs, top1=f"{row['top1']:.2f}")
 
     def _bar(self) -> tqdm:

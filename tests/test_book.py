@@ -3,11 +3,14 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import axe_playwright_python
 import nbformat
 import numpy as np
 import pytest
@@ -18,16 +21,18 @@ from playwright.sync_api import Error as BrowserError
 from sphinx_external_toc.parsing import parse_toc_yaml
 from torch import nn
 
-from book import build
+from book import build, reruns
 from swdlib import SelectiveWeightDecay
 from swdlib.criteria import magnitude
 from swdlib.schedules import Exponential
 from tests.conftest import unavailable
 
 NOTEBOOKS = build.notebook_names(build.BOOK)
+RECORDS = reruns.committed(build.BOOK / "records")
 PAGES = [*parse_toc_yaml(build.BOOK / "_toc.yml"), "search"]
 WIDTHS = {"desktop": 1280, "phone": 390}
 CHROMIUM = Path("/usr/bin/chromium")
+AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -241,23 +246,32 @@ class Visit:
         self.page.goto(self.address)
         self.page.evaluate("window.MathJax?.startup?.promise.then(() => true)")
 
+    @property
+    def name(self) -> str:
+        """The page's name in _toc.yml."""
+        return Path(urlsplit(self.address).path).stem
+
     def judge(self, address: str) -> None:
         """Note a request that leaves the disk."""
         if urlsplit(address).scheme not in ("file", "data", "blob"):
             self.faults.append(f"asked for {address}")
 
 
-@pytest.fixture(params=WIDTHS)
-def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """Return an empty tab without network, as wide as a desktop's or a phone's."""
-    size = {"width": WIDTHS[request.param], "height": 844}
-    context = browser.new_context(viewport=size, offline=True)  # type: ignore[arg-type]
+@contextmanager
+def tab(browser: Browser, width: int) -> Iterator[Page]:
+    """Open an empty tab without network."""
+    context = browser.new_context(viewport={"width": width, "height": 844}, offline=True)
     context.set_default_timeout(20_000)
     yield context.new_page()
     context.close()
 
 
-pages = pytest.mark.parametrize("name", PAGES)
+@pytest.fixture(params=WIDTHS)
+def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """Return an empty tab, as wide as a desktop's or a phone's."""
+    with tab(browser, WIDTHS[request.param]) as page:
+        yield page
+
 
 VISIBLE_TEXT = """() => {
     const article = document.querySelector("article, main").cloneNode(true);
@@ -266,50 +280,137 @@ VISIBLE_TEXT = """() => {
 }"""
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
+HEADINGS = """[...document.querySelectorAll(
+    ":is(article, .bd-search-container) :is(h1, h2, h3, h4, h5, h6)")]"""
+
+
+VISITS = [(name, width) for width in WIDTHS for name in PAGES]
+
+
+@pytest.fixture(scope="session", params=VISITS, ids="-".join)
+def visit(html: Path, browser: Browser, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """Open a page once for all tests that change nothing on it."""
+    name, width = request.param
+    with tab(browser, WIDTHS[width]) as page:
+        visit = Visit(page, (html / f"{name}.html").as_uri())
+        page.wait_for_load_state("networkidle")
+        yield visit
 
 
 @pytest.mark.slow
-@pages
-def test_page_opens_from_disk_without_a_fault(html: Path, page: Page, name: str) -> None:
-    visit = Visit(page, (html / f"{name}.html").as_uri())
-    page.wait_for_load_state("networkidle")
+def test_page_opens_from_disk_without_a_fault(visit: Visit) -> None:
     assert visit.faults == []
-    assert page.evaluate(OVERFLOW) <= 0
+    assert visit.page.evaluate(OVERFLOW) <= 0
 
 
 @pytest.mark.slow
-@pages
-def test_formulas_are_set(html: Path, page: Page, name: str) -> None:
-    Visit(page, (html / f"{name}.html").as_uri())
+def test_formulas_are_set(visit: Visit) -> None:
+    page = visit.page
     formulas = page.locator(".math").count()
     assert page.locator(".math mjx-container").count() >= formulas
     assert page.locator("mjx-merror").count() == 0
     # The first page counts as having the formulas of the pages it lists.
-    assert name == PAGES[0] or page.locator("script[src*=mathjax]").count() == (formulas > 0)
+    loaded = page.locator("script[src*=mathjax]").count()
+    assert visit.name == PAGES[0] or loaded == (formulas > 0)
     assert not re.search(r"\$\$|\\\(|\\\[|\\[a-z]{2,}|\$[^$\n]+\$", page.evaluate(VISIBLE_TEXT))
 
 
 @pytest.mark.slow
-@pages
-def test_images_load_and_say_what_they_show(html: Path, page: Page, name: str) -> None:
-    Visit(page, (html / f"{name}.html").as_uri())
-    for image in page.locator("img").all():
+def test_images_load_and_say_what_they_show(visit: Visit) -> None:
+    for image in visit.page.locator("img").all():
         alternative = image.get_attribute("alt") or ""
         assert len(alternative.split()) > 1, image.get_attribute("src")
         assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
 
 
 @pytest.mark.slow
-@pages
-def test_links_inside_the_book_lead_somewhere(html: Path, page: Page, name: str) -> None:
-    Visit(page, (html / f"{name}.html").as_uri())
-    for link in page.evaluate(LINKS):
+def test_links_inside_the_book_lead_somewhere(visit: Visit) -> None:
+    for link in visit.page.evaluate(LINKS):
         parts = urlsplit(link)
         if parts.scheme == "file":
             target = Path(unquote(parts.path))
             assert target.is_file(), link
             anchor = unquote(parts.fragment)
             assert not anchor or f'id="{anchor}"' in target.read_text("utf-8"), link
+
+
+@pytest.mark.slow
+def test_headings_are_in_order(visit: Visit) -> None:
+    levels = visit.page.evaluate(f"{HEADINGS}.map(heading => +heading.tagName[1])")
+    assert levels.count(1) == 1 and levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels)), levels
+
+
+@pytest.mark.slow
+def test_page_is_light_enough_for_a_phone(visit: Visit) -> None:
+    sources = visit.page.evaluate("[...new Set([...document.images].map(image => image.src))]")
+    files = [Path(unquote(urlsplit(s).path)) for s in [visit.address, *sources] if "file:" in s]
+    assert sum(file.stat().st_size for file in files) < 2_000_000
+
+
+@pytest.mark.slow
+def test_scripts_of_a_page_load_nowhere_else(visit: Visit) -> None:
+    loaded = visit.page.locator("script[src*=widgets], link[href*=widgets]").count()
+    assert (loaded > 0) == (visit.page.locator(".swd-model").count() > 0)
+
+
+# What axe-core finds against its rules and is left as it is -> where, and why.
+TOLERATED = {
+    "region": (".navbar-brand, .sidebar-primary-item", "the theme has the title outside of <nav>"),
+    "empty-table-header": ("th", "pandas leaves the corner of a table empty"),
+    "aria-allowed-role": (".citation", "docutils gives each work the role doc-biblioentry"),
+    "aria-deprecated-role": (".citation", "the same role, which is out of date"),
+    "aria-required-children": (".citation-list", "the same role is not that of a list's items"),
+}
+
+FINDINGS = """async ([options, tolerated]) => {
+    const found = await axe.run(document, {resultTypes: ["violations"], ...options});
+    return found.violations.flatMap(rule => rule.nodes
+        .filter(node => !document.querySelector(node.target[0])?.matches(tolerated[rule.id] ?? "_"))
+        .map(node => `${rule.id}: ${node.target}: ${node.html.slice(0, 200)}`));
+}"""
+
+# Text of the same colour and size on the same ground has the same contrast: one of it is enough.
+CONTRAST = """async mode => {
+    document.documentElement.dataset.theme = mode;
+    const seen = new Map();
+    for (const element of document.querySelectorAll("body *:not(script, style, mjx-container *)")) {
+        const hasText = [...element.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+        if (!hasText || !element.checkVisibility()) continue;
+        const style = getComputedStyle(element);
+        const look = [style.color, style.fontSize, style.fontWeight];
+        for (let ground = element; ground; ground = ground.parentElement) {
+            look.push(getComputedStyle(ground).backgroundColor);
+        }
+        seen.set(look.filter(part => part !== "rgba(0, 0, 0, 0)").join(), element);
+    }
+    const found = await axe.run({include: [...seen.values()]}, {runOnly: ["color-contrast"]});
+    return found.violations.flatMap(rule => rule.nodes.map(
+        node => `${mode}: ${node.html.slice(0, 200)}: ${node.failureSummary}`));
+}"""
+
+STILL = "*, *::before, *::after { transition: none !important; animation: none !important; }"
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_against_its_rules(visit: Visit) -> None:
+    visit.page.add_script_tag(path=AXE)
+    tolerated = {rule: selector for rule, (selector, _) in TOLERATED.items()}
+    options = {"rules": {"color-contrast": {"enabled": False}}}
+    assert visit.page.evaluate(FINDINGS, [options, tolerated]) == []
+
+
+# After all that look at the page as it was opened; on a phone the colours are the same.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "visit", [v for v in VISITS if "desktop" in v], indirect=True, ids="-".join
+)
+def test_text_stands_out_in_light_and_dark(visit: Visit) -> None:
+    visit.page.add_script_tag(path=AXE)
+    visit.page.add_style_tag(content=STILL)
+    visit.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    for mode in ("light", "dark"):
+        assert visit.page.evaluate(CONTRAST, mode) == []
 
 
 @pytest.mark.slow
@@ -495,14 +596,6 @@ def test_every_setting_of_the_live_model_is_drawn(html: Path, page: Page) -> Non
 
 
 @pytest.mark.slow
-@pages
-def test_scripts_of_a_page_load_nowhere_else(html: Path, page: Page, name: str) -> None:
-    Visit(page, (html / f"{name}.html").as_uri())
-    loaded = page.locator("script[src*=widgets], link[href*=widgets]").count()
-    assert loaded == (3 if name == LIVE else 0)
-
-
-@pytest.mark.slow
 def test_slider_shows_one_frame_at_a_time(html: Path, page: Page) -> None:
     visit = Visit(page, (html / f"{SLIDER}.html").as_uri())
     frames, slider = page.locator(".swd-frames img"), page.get_by_label("shown")
@@ -518,11 +611,65 @@ def test_slider_shows_one_frame_at_a_time(html: Path, page: Page) -> None:
     assert visit.faults == []
 
 
+# Questions to check oneself, and how a page was made
+
+ASKING = "what-is-pruning"
+
+
 @pytest.mark.slow
-@pages
-def test_page_is_light_enough_for_a_phone(html: Path, page: Page, name: str) -> None:
-    path = html / f"{name}.html"
-    Visit(page, path.as_uri())
-    sources = page.evaluate("[...new Set([...document.images].map(image => image.src))]")
-    files = [Path(unquote(urlsplit(s).path)) for s in sources if s.startswith("file:")]
-    assert sum(file.stat().st_size for file in (path, *files)) < 2_000_000
+def test_answers_open_one_at_a_time_with_the_keyboard(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / f"{ASKING}.html").as_uri())
+    answers = page.locator(".quiz").first.locator("details")
+    for i in (1, 0):
+        answers.nth(i).locator("summary").press("Enter")
+        shown = [answers.nth(k).locator("p").is_visible() for k in range(answers.count())]
+        assert shown == [k == i for k in range(answers.count())]
+    assert answers.nth(0).locator("p").inner_text().startswith("No.")
+    assert page.locator(".quiz").count() == page.locator(".quiz .quiz-right").count() >= 3
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_what_is_folded_can_be_read_on_paper_and_without_scripts(
+    html: Path, browser: Browser
+) -> None:
+    context = browser.new_context(java_script_enabled=False, offline=True)
+    page = context.new_page()
+    page.goto((html / f"{ASKING}.html").as_uri())
+    folded = page.locator(".quiz details p, details.sd-dropdown p")
+    assert folded.count() > 10
+    assert not any(paragraph.is_visible() for paragraph in folded.all())
+    page.locator(".quiz summary").first.click()
+    assert folded.first.is_visible() or page.locator(".quiz details p").first.is_visible()
+    page.emulate_media(media="print")
+    assert all(paragraph.is_visible() for paragraph in folded.all())
+    context.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_page_of_a_notebook_says_how_to_rerun_it(html: Path, name: str) -> None:
+    text = (html / f"{name}.html").read_text("utf-8")
+    assert text.count('sd-summary-text">Rerun this page<') == 1
+    assert f"papermill {name}.ipynb out.ipynb" in re.sub("<[^>]+>", "", text)
+    links = re.findall(r'href="(_downloads/[^"]+)"', text)
+    assert f"{name}.ipynb" in {link.rpartition("/")[2] for link in links}
+    figures = sum("plots." in cell.source for cell in read(name).cells if cell.cell_type == "code")
+    tables = [link for link in links if link.endswith(".csv")]
+    assert tables or not figures
+    for link in tables:
+        header, first, *_ = (html / link).read_text("utf-8").splitlines()
+        assert header.startswith("series,") and first
+
+
+@pytest.mark.slow
+def test_downloaded_notebook_is_the_one_that_is_stored(html: Path) -> None:
+    [found] = (html / "_downloads").glob(f"*/{ASKING}.ipynb")
+    assert found.read_bytes() == (build.BOOK / f"{ASKING}.ipynb").read_bytes()
+
+
+@pytest.mark.slow
+def test_every_committed_record_can_be_downloaded(html: Path) -> None:
+    text = (html / "reproduce.html").read_text("utf-8")
+    assert RECORDS
+    assert not [path.name for path in RECORDS if f"/{path.name}" not in text]

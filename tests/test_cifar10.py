@@ -19,6 +19,7 @@ from PIL import Image
 from swdlib import cifar10
 from swdlib.data import DATASETS, load_data
 from swdlib.images import Split, fingerprint_of
+from tests.test_folders import write_imagenet
 from tests.test_images import noise
 
 # CIFAR-10: five forms of the same 30 images, in class order as a folder of images has them
@@ -391,16 +392,24 @@ def test_failure_lists_every_way(
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_contract_of_datasets(name: str, tiny: Path) -> None:
-    dataset = load_data(name, write_images(tiny))
+    root = write_imagenet(tiny) if name == "imagenet" else write_images(tiny)
+    dataset = load_data(name, root)
     assert dataset.name == name
+    assert dataset.device.type == "cpu"
     assert len(dataset.mean) == len(dataset.std) == dataset.channels
-    for split in (dataset.train, dataset.test):
-        assert split.images.shape[1:] == (dataset.channels, dataset.size, dataset.size)
-        assert split.labels.unique().tolist() == list(range(dataset.classes))
-    images, labels = next(dataset.train_batches(8, seed=0, epoch=0))
-    assert images.dtype == torch.float32 and labels.dtype == torch.int64
-    assert images.shape == (8, *dataset.train.images.shape[1:])
-    assert load_data(name, tiny).fingerprint == dataset.fingerprint
+    for labels in (dataset.train.labels, dataset.test.labels):
+        assert labels.unique().tolist() == list(range(dataset.classes))
+    for images, labels in (
+        next(dataset.train_batches(8, seed=0, epoch=0)),
+        next(dataset.test_batches(8)),
+    ):
+        assert images.dtype == torch.float32 and labels.dtype == torch.int64
+        assert images.shape == (8, dataset.channels, dataset.size, dataset.size)
+    assert dataset.steps(2) == len(dataset.train) // 2
+    some = dataset.take(torch.tensor([0, 3]), torch.tensor([2]))
+    assert (len(some.train), len(some.test), some.classes) == (2, 1, dataset.classes)
+    assert some.test.labels.tolist() == dataset.train.labels[2:3].tolist()
+    assert some.fingerprint != load_data(name, root).fingerprint == dataset.fingerprint
     assert len(dataset.fingerprint) == 16
 
 

@@ -1,16 +1,25 @@
 """The command line: flags are the fields of Config."""
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from swdlib import cli
+from swdlib import cli, records
+from swdlib.claims import claim
 from swdlib.config import Config
+from swdlib.places import Place, claim_of
 from swdlib.records import load_records
 
+GRIDS = Path(__file__).resolve().parents[1] / "book" / "grids"
 QUICK = ["--epochs", "1", "--width", "4"]
 
 
@@ -27,12 +36,81 @@ def test_run_then_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert load_records(tmp_path)["run"].iloc[0] in line
 
 
+def test_a_tracked_run_has_the_same_record(tmp_path: Path) -> None:
+    folder = ["--records", str(tmp_path)]
+    cli.main(["run", *QUICK, *folder, "--tracker", "tensorboard"])
+    assert list((tmp_path / "smoke" / "trackers").rglob("events.out.tfevents.*"))
+    [path] = (tmp_path / "smoke").glob("*.json")
+    assert records.load(path).config["tracker"] is None
+    cli.main(["run", *QUICK, *folder])
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+@pytest.mark.slow
 def test_sweep_takes_several_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    values = ["--recipe", "dense", "swd", "--sparsity", "0.5", "0.8"]
-    cli.main(["sweep", *QUICK, *values, "--records", str(tmp_path)])
-    assert "[3/3]" in capsys.readouterr().out
+    values = ["--recipe", "dense", "swd", "--sparsity", "0.5"]
+    cli.main(["sweep", *QUICK, *values, "--records", str(tmp_path), "--jobs", "2"])
+    printed = capsys.readouterr().out
+    assert "[2/2]" in printed and "target_sparsity" in printed
     final = load_records(tmp_path).groupby("run").tail(1)
-    assert sorted(final["target_sparsity"]) == [0.0, 0.5, 0.8]
+    assert sorted(final["target_sparsity"]) == [0.0, 0.5]
+
+
+class Stubborn:
+    """A place where every run fails."""
+
+    @contextmanager
+    def __call__(self, *arguments: Any, **options: Any) -> Iterator[Place]:
+        def start(config: Config) -> "Future[Any]":
+            future: Future[Any] = Future()
+            future.set_exception(RuntimeError("killed by SIGKILL"))
+            return future
+
+        yield Place(start, slots=1)
+
+
+@pytest.mark.parametrize("place", ["local", "ray"])
+def test_a_sweep_of_a_grid_file_tells_at_the_end_what_failed(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "on_ray" if place == "ray" else "local", Stubborn())
+    command = ["sweep", str(GRIDS / "digits.toml"), "--on", place, "--retries", "1", "--seed", "7"]
+    with pytest.raises(SystemExit, match="4 of 4 runs failed") as stopped:
+        cli.main([*command, "--records", str(tmp_path)])
+    assert "dense: cnn of width 16 on digits, 6 epochs, seed 7: killed by SIGKILL" in str(
+        stopped.value
+    )
+    assert capsys.readouterr().out.count("begun again") == 4
+
+
+def test_a_run_that_is_done_elsewhere_has_an_exit_status_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(epochs=1, width=4)
+    path = claim_of(records.path_of(config.settings(), tmp_path))
+    with claim(path), pytest.raises(SystemExit) as stopped:
+        cli.main(["run", *QUICK, "--records", str(tmp_path)])
+    assert stopped.value.code == 75
+    assert "is being run by process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_says_how_to_go_on(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "run_alone", lambda *a, **o: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="goes on from the last checkpoint"):
+        cli.main(["run"])
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_dry_run_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["run", *QUICK, "--dry-run", "--records", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Dry run of swd at sparsity 0.9: cnn of width 4 on digits, 1 epochs, seed 0"
+    assert lines[4].startswith("whole run  23 steps and 2 evaluations: about ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("setting", [f.name for f in fields(Config)])
@@ -56,6 +134,8 @@ def test_flags_have_the_types_of_the_fields() -> None:
     [
         (["run", "--sparsity", "1.5"], r"swdlib: error: sparsity must be in \[0, 1\), not 1.5"),
         (["run", "--recipe", "magic"], "recipe must be one of"),
+        (["run", "--tracker", "magic"], "tracker must be one of"),
+        (["sweep", "no.toml"], "swdlib: error: .*no.toml"),
         (["run", "--dataset", "cifar10", "--data-root", "/nowhere/x"], "CIFAR-10"),
     ],
 )
@@ -85,10 +165,12 @@ def test_a_flag_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_several_processes_make_one_run(tmp_path: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    accelerate += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     run = ["-m", "swdlib.cli", "run", "--model", "mlp", "--epochs", "2", "--device"]
     printed = []
-    for device in ("auto", "cpu"):
+    for device, launch in (("auto", torchrun), ("cpu", accelerate)):
         command = [*launch, *run, device, "--records", str(tmp_path / device)]
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]

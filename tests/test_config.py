@@ -54,6 +54,39 @@ def test_the_paper_profile_is_the_published_set_up() -> None:
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
+def test_the_paper_profile_depends_on_the_dataset() -> None:
+    config = Config(profile="paper", dataset="imagenet")
+    expected = {
+        "model": "resnet50",
+        "width": None,
+        "epochs": 90,
+        "batch_size": 256,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 1e-4,
+        "precision": "bf16",
+    }
+    assert expected.items() <= config.settings().items()
+    [training, _] = phases_of(config)
+    assert isinstance(training, Train)
+    rates = [training.lr(epoch / 90) for epoch in (0, 29, 30, 59, 60, 89)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    for recipe in RECIPES:
+        phases = phases_of(Config(profile="paper", dataset="imagenet", recipe=recipe))
+        assert sum(phase.epochs for phase in phases if isinstance(phase, Train)) == 90
+    narrow = Config(profile="paper", dataset="imagenet", model="resnet20", weight_decay=5e-4)
+    assert (narrow.width, narrow.weight_decay) == (64, 5e-4)
+    assert Config(profile="laptop", dataset="imagenet", recipe="dense").weight_decay == 5e-4
+
+
+def test_addresses_stay_as_they_were() -> None:
+    # Records are found by these: a changed default must not change them.
+    assert address() == "47e1d21dc7416c1b"
+    assert address(profile="laptop", sparsity=0.98) == "fb11a67e37786b60"
+    assert address(profile="paper") == "2c327d88a55df2a6"
+
+
 @pytest.mark.parametrize("name", LR_SCHEDULES)
 def test_learning_rates_peak_at_lr_and_end_at_a_hundredth(name: str) -> None:
     course = LR_SCHEDULES[name](0.2)
@@ -76,7 +109,7 @@ def test_every_profile_runs_every_recipe(profile: str, recipe: str, structure: s
     ("settings", "message"),
     [
         ({"profile": "desktop"}, "profile must be one of smoke, laptop, paper, not 'desktop'"),
-        ({"dataset": "mnist"}, "dataset must be one of digits, cifar10, not 'mnist'"),
+        ({"dataset": "mnist"}, "dataset must be one of digits, cifar10, imagenet, not 'mnist'"),
         ({"recipe": "magic"}, "recipe must be one of dense, swd, .*, soft, not 'magic'"),
         ({"structure": "rows"}, "structure must be one of weights, kernels, .*not 'rows'"),
         ({"update": "newton"}, "update must be one of gradient, proximal, not 'newton'"),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ import torch
 
 from swdlib.data import load_data
 from swdlib.images import Split
+from tests.test_folders import write_imagenet
 
 
 def test_unknown_dataset_lists_the_choices() -> None:
-    with pytest.raises(ValueError, match="dataset must be one of digits, cifar10, not 'mnist'"):
+    with pytest.raises(
+        ValueError, match="dataset must be one of digits, cifar10, imagenet, not 'mnist'"
+    ):
         load_data("mnist")
 
 
@@ -25,6 +29,26 @@ def test_holdout_takes_training_images_and_drops_the_test() -> None:
     assert again.fingerprint == held.fingerprint != whole.fingerprint
     larger = load_data("digits", holdout=0.2)
     assert torch.equal(larger.test.images[:144], held.test.images)
+
+
+def test_of_one_folder_of_images_some_must_be_held_out(tmp_path: Path) -> None:
+    root = write_imagenet(tmp_path, 0, 10) / "val"
+    with pytest.raises(ValueError, match=r"holdout must be above 0, not 0\.0: of imagenet, one"):
+        load_data("imagenet", root)
+    held = load_data("imagenet", root, holdout=0.3)
+    assert (len(held.train), len(held.test)) == (7, 3)
+    assert sorted([*held.train.labels.tolist(), *held.test.labels.tolist()]) == list(range(10))
+    larger = load_data("imagenet", root, holdout=0.5)
+    assert larger.test.labels[:3].tolist() == held.test.labels.tolist()
+    assert larger.fingerprint != held.fingerprint
+
+
+def test_images_held_out_of_imagenet_are_training_images(tmp_path: Path) -> None:
+    root = write_imagenet(tmp_path, 10, 4)
+    whole, held = load_data("imagenet", root), load_data("imagenet", root, holdout=0.2)
+    assert (len(whole.train), len(whole.test), whole.source) == (10, 4, "folders train and val")
+    assert (len(held.train), len(held.test)) == (8, 2)
+    assert held.test.root == root / "train"
 
 
 @pytest.mark.parametrize("holdout", [-0.1, 1.0, float("nan"), 1e-9, 0.9999])

@@ -2,16 +2,19 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import nbformat
 import papermill
 import pytest
+from matplotlib.axes import Axes
 from papermill.exceptions import PapermillExecutionError
 
 from book.build import BOOK, notebook_names
-from swdlib.notebooks import check_parameters
+from swdlib.notebooks import check_parameters, figure_csv
 
 OWN = "# None: as before.\nsparsity: float = 0.9  # removed\nepochs: int = None\n"
 NAMES = notebook_names(BOOK)
@@ -142,6 +145,64 @@ def test_schedules_run_with_other_parameters(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_failures_come_with_other_parameters(tmp_path: Path) -> None:
+    found = rerun("what-goes-wrong", tmp_path, seed=4, epochs=3, width=16)
+    assert "select(..., 0.5): 5 of 10 removed" in printed(found)
+
+
+@pytest.mark.slow
+def test_cuts_are_measured_with_other_parameters(tmp_path: Path) -> None:
+    few = {"epochs": 2, "finetune_epochs": 1, "width": 4}
+    found = rerun("magnitude-and-its-cliff", tmp_path, seed=2, sparsity=0.5, **few)
+    assert "on 287 held-out images; 1 epochs of tuning" in printed(found)
+
+
+@pytest.mark.slow
+def test_zeros_are_counted_with_other_parameters(tmp_path: Path) -> None:
+    found = rerun("where-zeros-come-from", tmp_path, seed=2, epochs=2, width=8, sparsity=0.5)
+    assert "on 287 held-out images; the cut takes 50%" in printed(found)
+
+
+@pytest.mark.slow
+def test_what_moves_is_watched_with_other_parameters(tmp_path: Path) -> None:
+    found = rerun("what-moves", tmp_path, seed=2, epochs=4, width=16, sparsity=0.8)
+    assert "1,440 weights, of which 1,152 are selected; 18 steps an epoch" in printed(found)
+
+
+@pytest.mark.slow
+def test_methods_are_compared_with_other_parameters(tmp_path: Path) -> None:
+    few = {"seeds": 2, "epochs": 3, "finetune_epochs": 2, "iterations": 2, "width": 8}
+    found = rerun("baselines-side-by-side", tmp_path, seed=2, sparsity=0.5, **few)
+    assert "on 287 held-out images, 2 seeds, 3 epochs" in printed(found)
+
+
+@pytest.mark.slow
+def test_structures_are_compared_with_other_parameters(tmp_path: Path) -> None:
+    found = rerun("any-structure", tmp_path, seed=2, epochs=2, width=8, sparsity=0.3, levels=[0.4])
+    assert "12 bundles of filters in 21 convolutions" in printed(found)
+
+
+@pytest.mark.slow
+def test_other_networks_are_pruned_with_other_parameters(tmp_path: Path) -> None:
+    few = {"epochs": 1, "width": 16, "head_sparsity": 0.05}
+    found = rerun("any-network", tmp_path, seed=2, sparsity=0.5, **few)
+    assert "Bits per letter, 50% of the weights removed" in printed(found)
+
+
+@pytest.mark.slow
+def test_lab_finds_what_is_missing_and_its_solution_passes(tmp_path: Path) -> None:
+    found = rerun("prune-your-own", tmp_path)
+    as_it_stands, at_once, solved = (
+        re.findall(r"^([✓✗]) (\w+)", printed([cell]), re.MULTILINE)
+        for cell in found
+        if re.search(r"^hand_in\(", cell.source, re.MULTILINE)
+    )
+    assert [name for sign, name in as_it_stands if sign == "✗"] == ["masks"]
+    assert [name for sign, name in at_once if sign == "✗"] == ["accuracy"]
+    assert {sign for sign, _ in solved} == {"✓"} and len(solved) == 6
+
+
+@pytest.mark.slow
 def test_a_trained_network_is_measured_anew(imagenet_folder: Path, tmp_path: Path) -> None:
     few = {"images": 8, "filter_shares": [0.05], "weight_shares": [0.3], "rounds": 1}
     small = {"epochs": 2, "width": 16, "sparsity": 0.5}
@@ -187,6 +248,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("what-is-pruning", {"epoch": 3}, "no parameter epoch"),
     ("lagrangian-smoothing", {"sparsity": -0.1}, r"sparsity must be in \[0, 1\), not -0\.1"),
     ("schedules", {"width": 0}, "width must be at least 1, not 0"),
+    ("magnitude-and-its-cliff", {"finetune_epochs": 8}, "finetune_epochs must be at least .*not 8"),
+    ("where-zeros-come-from", {"weight_decay": -1.0}, r"weight_decay must be 0 or more, not -1\.0"),
+    ("what-moves", {"sparsity": 1.0}, r"sparsity must be in \[0, 1\), not 1\.0"),
+    ("baselines-side-by-side", {"seeds": 1}, "seeds must be at least 2, to show a spread, not 1"),
+    ("any-structure", {"levels": [0.5, 1.0]}, r"must be in \[0, 1\), not 1\.0"),
+    ("any-network", {"width": 20}, "width must be a multiple of 8, the number of heads, not 20"),
+    ("prune-your-own", {"filter_sparsity": -0.1}, r"sparsity .* must be in \[0, 1\), not -0\.1"),
     ("smaller-networks", {"sparsity": 1.0}, r"sparsity must be in \[0, 1\), not 1\.0"),
     ("smaller-networks", {"images": 0}, "images must be at least 1, not 0"),
 ]
@@ -202,3 +270,35 @@ def test_wrong_parameter_stops_before_any_work(
         rerun(name, tmp_path, **parameters)
     assert "check_parameters" in ran(tmp_path)[-1].source
     assert list(tmp_path.iterdir()) == [tmp_path / "out.ipynb"]
+
+
+# What pages show of figures
+
+
+@pytest.fixture
+def ax() -> Iterator[Axes]:
+    """Return empty Axes with names."""
+    figure, axes = plt.subplots()
+    axes.set(xlabel="step", ylabel="loss")
+    yield axes
+    plt.close(figure)
+
+
+def test_numbers_of_lines_points_and_bars_are_kept(ax: Axes) -> None:
+    ax.plot([1, 2], [0.5, 0.25], label="a")
+    ax.axhline(0.0)  # across the picture: no data
+    ax.scatter([3], [0.125], label="b, c")
+    ax.bar([4], [2.0], width=1.0)
+    ax.stairs([7, 8], [0, 1, 2], label="d")
+    assert figure_csv(ax.figure) == (
+        'series,step,loss\na,1,0.5\na,2,0.25\n,4.0,2.0\nd,0,7\nd,1,8\n"b, c",3.0,0.125\n'
+    )
+
+
+def test_numbers_of_pictures_are_kept(ax: Axes) -> None:
+    ax.imshow([[1.0, 2.0]])
+    assert figure_csv(ax.figure) == "series,row,column,value\n0,0,0,1.0\n0,0,1,2.0\n"
+
+
+def test_figure_without_numbers_is_empty(ax: Axes) -> None:
+    assert figure_csv(ax.figure) == ""

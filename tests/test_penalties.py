@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torchvision.models import get_model, list_models
 
 from swdlib.allocations import ALLOCATIONS
+from swdlib.criteria import magnitude
 from swdlib.masks import NotFinite, prunable, sparsity_of
 from swdlib.penalties import SelectiveWeightDecay, Update
 from swdlib.schedules import Constant, Cubic, Exponential, Linear
@@ -830,3 +831,55 @@ def test_default_is_the_published_set_up() -> None:
     assert swd.strength == 0.1
     swd.step = 2
     assert swd.strength == 1e5
+
+
+def hostile_model(dtype: torch.dtype) -> nn.Module:
+    """Many equal weights, zeros, and memory that is not in the order of the indices."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(3, 5)).to(dtype)
+    for parameter in model.parameters():
+        parameter.data = torch.randint(-4, 5, parameter.shape).to(dtype) / 4
+    return model.to(memory_format=torch.channels_last)
+
+
+@updates
+@pytest.mark.parametrize("sparsity", [0.0, 0.004, 0.3, 0.5, 0.77, 0.999])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_needs_no_mask_is_what_masks_choose(
+    dtype: torch.dtype, sparsity: float, update: Update
+) -> None:
+    def ranked_by_a_function(parameter: Tensor) -> Tensor:
+        return parameter.detach().abs()
+
+    results = []
+    for criterion in (magnitude, ranked_by_a_function):
+        model = hostile_model(dtype)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        settings = {"sparsity": sparsity, "update": update, "criterion": criterion}
+        attached(model, optimizer, strength=300.0, **settings)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.25)
+            optimizer.step()
+        results.append([*model.parameters()])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.slow
+def test_a_compiled_penalty_trains_alike() -> None:
+    trained = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(32, 1024), nn.Tanh(), nn.Linear(1024, 3))
+        model.float()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        swd = attached(model, optimizer)
+        if compiled:
+            swd.compile()
+        for images, labels in batches(6):
+            optimizer.zero_grad()
+            cross_entropy(model(images.float()), labels).backward()
+            optimizer.step()
+        trained.append([*swd.prune().values(), *model.parameters()])
+    for eager, fast in zip(*trained, strict=True):
+        torch.testing.assert_close(eager, fast)

@@ -147,6 +147,52 @@ def test_paths_go_from_a_cross_to_a_dot_on_equal_axes() -> None:
     assert ax.get_ylim() == (low, high)
 
 
+def test_paths_of_weights_are_named_once_a_group_beside_the_threshold() -> None:
+    sizes = {"stay": np.array([[1.0, 2.0], [3.0, 4.0]]), "go": np.array([[0.1], [0.01]])}
+    ax = plots.weight_paths(sizes, [0.5, 0.6])
+    drawn = [points(line) for line in ax.lines]
+    assert drawn == [
+        [(0, 1), (1, 3)],
+        [(0, 2), (1, 4)],
+        [(0, 0.1), (1, 0.01)],
+        [(0, 0.5), (1, 0.6)],
+    ]
+    assert legend(ax) == ["stay", "go", "threshold"]
+    assert ax.get_yscale() == "log"
+    assert len({line.get_linestyle() for line in ax.lines[:3]}) == 2
+
+
+SHARES = pd.DataFrame(
+    {"zero": [0.0, 0.0, 0.9], "pressed": [0.9, 0.9, 0.0]}, index=pd.Index([0.0, 2.0, 2.0])
+)
+
+
+def test_timeline_has_a_strip_a_method_whose_numbers_stay_shares() -> None:
+    ax = plots.timeline({"swd": SHARES, "other": SHARES * 0})
+    strips = [line for line in ax.lines if len(points(line)) == 3]
+    assert [points(line) for line in strips[:2]] == [
+        [(0, 0), (2, 0), (2, 0.9)],
+        [(0, 0.9), (2, 0.9), (2, pytest.approx(np.nan, nan_ok=True))],
+    ]
+    tops = [line.get_transform() - ax.transData for line in strips[::2]]
+    assert [float(top.transform((0, 1))[1]) for top in tops] == [0.75, -0.25]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["swd", "other"]
+    assert legend(ax) == ["zero", "pressed"]
+    assert ax.get_xlim() == (0, 2)
+
+
+def test_spread_has_a_row_a_column_with_its_mean() -> None:
+    ax = plots.spread(pd.DataFrame({"a": [1.0, 3.0], "b": [5.0, 5.0]}), "accuracy (%)")
+    assert [points(line) for line in ax.lines] == [
+        [(1, 0), (3, 0)],
+        [(5, -1), (5, -1)],
+        [(2, 0), (5, -1)],
+    ]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b"]
+    assert legend(ax) == ["a run", "mean"]
+    assert ax.get_xlabel() == "accuracy (%)"
+
+
 def test_map_writes_each_value_and_a_cross_where_there_is_none() -> None:
     ax = plots.heat_map(GRID, "accuracy (%)")
     assert [text.get_text() for text in ax.texts] == ["90", "50", "70", "×"]
@@ -157,7 +203,8 @@ def test_map_writes_each_value_and_a_cross_where_there_is_none() -> None:
 
 
 def test_kept_weights_are_drawn_side_by_side_under_their_labels() -> None:
-    ax = plots.kept_weights({"a": np.eye(4), "b": np.zeros((4, 2))})
+    ax = plots.kept_weights({"a": np.eye(4), "b": np.zeros((4, 2))}, label="kept")
+    assert ax.figure.axes[1].get_ylabel() == "kept"
     first, second = ax.images
     assert first.get_extent() == [0, 4, 4, 0]
     assert second.get_extent()[0] > 4 and np.ptp(second.get_extent()[:2]) == pytest.approx(2)
@@ -191,6 +238,9 @@ DRAWN = [
     ),
     lambda ax: plots.curves(CURVES, "loss", ax),
     lambda ax: plots.paths(bowl, {"cut": [(1, 1), (0, 1)]}, ax),
+    lambda ax: plots.weight_paths({"stay": np.ones((2, 3))}, [0.5, 0.5], ax),
+    lambda ax: plots.timeline({"swd": SHARES}, ax).set(ylabel="method") and ax,
+    lambda ax: plots.spread(CURVES, "accuracy (%)", ax).set(ylabel="method") and ax,
 ]
 
 

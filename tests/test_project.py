@@ -36,14 +36,19 @@ LAYERS: dict[str, set[str]] = {
     "masks": {"allocations"},
     "joins": set(),
     "movement": {"masks"},
-    "penalties": {"joins", "movement", "schedules"},
+    "radix": set(),
+    "selection": {"radix"},
+    "updates": {"selection"},
+    "penalties": {"joins", "movement", "schedules", "updates"},
     "baselines": {"joins", "movement", "schedules"},
     "recipes": {"baselines", "penalties"},
     "files": set(),
     "images": set(),
     "cifar10": {"files", "images"},
-    "imagenet": {"images"},
-    "data": {"cifar10"},
+    "folders": set(),
+    "streams": {"folders", "images"},
+    "imagenet": {"folders", "images"},
+    "data": {"cifar10", "streams"},
     "models": set(),
     "records": {"files"},
     "metrics": {"masks", "records"},
@@ -53,16 +58,22 @@ LAYERS: dict[str, set[str]] = {
     "attention": set(),
     "shrinking": {"attention", "graph", "metrics"},
     "deploy": {"onnx_files", "shrinking", "sparse_files", "sparse_kernels"},
+    "checks": {"metrics", "sparse_files"},
     "checkpoints": {"files"},
     "devices": set(),
     "evaluation": {"metrics"},
     "training": {"checkpoints", "devices", "recipes", "evaluation"},
     "config": {"data", "devices", "models", "recipes"},
     "experiments": {"config", "training", "records"},
+    "dryruns": {"experiments"},
     "plots": {"records"},
     "interactive": {"plots"},
-    "sweeps": {"experiments"},
-    "cli": {"sweeps", "plots"},
+    "claims": set(),
+    "places": {"claims", "experiments"},
+    "sweeps": {"dryruns", "places"},
+    "history": {"experiments"},
+    "audits": {"dryruns", "history"},
+    "cli": {"audits", "dryruns", "sweeps", "plots"},
     "notebooks": set(),
 }
 
@@ -137,7 +148,7 @@ def test_environment_takes_its_packages_from_pyproject() -> None:
 def test_no_package_is_listed_twice() -> None:
     table = project()["project"]
     lists = [table["dependencies"], *table["optional-dependencies"].values()]
-    lines = [line for listed in lists for line in listed if line != "swdlib[deploy]"]
+    lines = [line for listed in lists for line in listed if not line.startswith("swdlib[")]
     names = [re.split(r"[<>=;\[ ]", line)[0] for line in lines]
     assert len(names) == len(set(names))
 

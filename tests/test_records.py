@@ -37,7 +37,7 @@ def record(**changes: Any) -> Record:
 def test_the_address_depends_on_what_is_run_and_not_on_where() -> None:
     first = records.address(config())
     assert first == records.address(dict(reversed(config().items())))
-    assert first == records.address(config(data_root="/elsewhere", device="cuda"))
+    assert first == records.address(config(data_root="/elsewhere", device="cuda", tracker="wandb"))
     # A setting that is not used may as well not be there.
     assert first == records.address(config(ramp_begin=None))
     others = [config(seed=1), config(sparsity=0.95), config(lr=0.2), config(recipe="dense")]

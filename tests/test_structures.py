@@ -200,6 +200,24 @@ def test_a_filter_takes_along_what_is_tied_to_it() -> None:
     assert masks.keys() == dict(model.named_parameters()).keys()
 
 
+def test_the_slices_that_a_unit_owns() -> None:
+    convolution, linear = nn.Conv2d(1, 3, 1), nn.Linear(12, 2)
+    (group,) = filters(torch.zeros(1, 1, 2, 2))(nn.Sequential(convolution, nn.Flatten(), linear))
+    assert isinstance(group, Coupled)
+    assert group.slices == {("0.weight", 0): 1, ("0.bias", 0): 1, ("2.weight", 1): 4}
+    assert group.sizes().tolist() == [1 + 1 + 8] * 3
+
+
+def test_scores_follow_the_weights() -> None:
+    model = Residual()
+    (group,) = filters(torch.zeros(1, 2, 4, 4))(model)
+    before = group.scores(magnitude)
+    with torch.no_grad():
+        model.first.weight *= 2
+        model.second.weight *= 2
+    torch.testing.assert_close(group.scores(magnitude), 2 * before)
+
+
 def test_batch_norm_scales_rank_filters() -> None:
     model = Residual()
     model.norm.weight.data = torch.tensor([0.5, -0.1, 0.3])

@@ -4,7 +4,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from swdlib.devices import Tracker
 from swdlib.images import Dataset, Split
 from swdlib.masks import NotFinite
 from swdlib.penalties import SelectiveWeightDecay
@@ -242,6 +243,23 @@ def test_a_compiled_run_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) 
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_a_tracker_gets_the_numbers_of_each_row_and_changes_nothing(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plain, tracked = network(), network()
+    expected = run_quietly(plain, toy_data(), swd_phases())
+    log_to = Tracker("tensorboard", tmp_path, "a run", {"lr": 0.1, "clip": None})
+    rows = run_quietly(tracked, toy_data(), swd_phases(), log_to=log_to)
+    assert untimed(rows) == untimed(expected)
+    assert_same(state_of(tracked), state_of(plain))
+    events = EventAccumulator(str(tmp_path / "a run" / "swdlib")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/top1")]
+    assert found == [(row["step"], pytest.approx(row["top1"])) for row in rows[:2]]
+    [cut] = events.Scalars("prune/parameters")
+    assert (cut.step, cut.value) == (rows[-1]["step"], rows[-1]["parameters"])
+    assert not any("weights" in tag for tag in events.Tags()["scalars"])
+
+
 def test_any_optimizer_and_loss() -> None:
     def squared(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         return (logits - nn.functional.one_hot(labels, 3)).square().sum()
@@ -296,46 +314,89 @@ MIXES: dict[str, Callable[[], list[Phase]]] = {
     "gradual": lambda: zhu_phases() + random_phases(),
 }
 
+
+def work(folder: Path, mix: str, stop: float = math.inf) -> None:
+    """Train as one process or as one of several; write what came of it unless stopped at a step."""
+    model = perceptron()
+    try:
+        rows = run_quietly(
+            model,
+            toy_data(images=44),
+            MIXES[mix](),
+            optimizer=Stopping(stop),
+            checkpoint=folder / "run.ckpt",
+            save_every=3,
+        )
+    except Stopped:
+        return
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    trained = [row.get("train_loss", 0.0) for row in rows]
+    found = {"model": model.state_dict(), "losses": [r["loss"] for r in rows], "train": trained}
+    torch.save(found, folder / f"{rank}.pt")
+
+
 WORKER = """
 import sys
+from pathlib import Path
 import torch
-from tests.test_training import BATCH, MIXES, perceptron, toy_data
-from swdlib.training import train
+from tests.test_training import work
 
 torch.set_num_threads(1)
-model = perceptron()
-phases = MIXES[sys.argv[2]]()
-rows = train(model, toy_data(images=44), phases, batch_size=BATCH, progress=False)
-rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-torch.save({"model": model.state_dict(), "losses": [r["loss"] for r in rows],
-            "train": [r.get("train_loss", 0.0) for r in rows]}, f"{sys.argv[1]}/{rank}.pt")
+work(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
 """
 
 
-def _launch(folder: Path, processes: int, mix: str) -> Iterator[dict[str, Any]]:
-    folder.mkdir()
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    root = str(Path(__file__).resolve().parents[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={processes}", str(script), str(folder), mix]
+def launch(folder: Path, processes: int, mix: str, stop: float = math.inf) -> list[dict[str, Any]]:
+    """Let one process or several do `work`, and return what each came to."""
+    folder.mkdir(exist_ok=True)
     if processes == 1:
-        command = [sys.executable, str(script), str(folder), mix]
-    environment = {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(processes):
-        yield torch.load(folder / f"{rank}.pt", weights_only=True)
+        work(folder, mix, stop)
+    else:
+        script = folder / "worker.py"
+        script.write_text(WORKER)
+        root = str(Path(__file__).resolve().parents[1])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [
+            *torchrun,
+            f"--nproc-per-node={processes}",
+            str(script),
+            str(folder),
+            mix,
+            str(stop),
+        ]
+        environment = {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    ranks = range(processes if stop == math.inf else 0)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in ranks]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mix", MIXES)
 def test_two_processes_do_what_one_does(mix: str, tmp_path: Path) -> None:
-    (one,) = _launch(tmp_path / "one", 1, mix)
-    first, second = _launch(tmp_path / "two", 2, mix)
-    assert_same(first["model"], second["model"])
-    for name, value in one["model"].items():
-        assert torch.equal(first["model"][name] == 0, value == 0), name  # the same masks
-        torch.testing.assert_close(first["model"][name], value, rtol=1e-3, atol=1e-5)
-    assert first["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert first["train"] == pytest.approx(one["train"], rel=1e-4)
+    (one,) = launch(tmp_path / "one", 1, mix)
+    assert_alike(launch(tmp_path / "two", 2, mix), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    before: int, after: int, tmp_path: Path
+) -> None:
+    (whole,) = launch(tmp_path / "whole", 1, "penalty")
+    folder = tmp_path / "stopped"
+    # In the middle of an epoch, with sums of it in the checkpoint.
+    assert not launch(folder, before, "penalty", stop=8)
+    assert (folder / "run.ckpt").exists()
+    assert_alike(launch(folder, after, "penalty"), whole)
+
+
+def assert_alike(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    """Check that all processes end with the same weights, and as one process but for rounding."""
+    for rank in ranks:
+        assert_same(rank["model"], ranks[0]["model"])
+        for name, value in one["model"].items():
+            assert torch.equal(rank["model"][name] == 0, value == 0), name  # the same masks
+            torch.testing.assert_close(rank["model"][name], value, rtol=1e-3, atol=1e-5)
+        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert rank["train"] == pytest.approx(one["train"], rel=1e-4)

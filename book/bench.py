@@ -1,0 +1,426 @@
+"""Measure what selection costs, beside what the memory allows: `make bench` calls this file.
+
+Everything in a table row was measured in one run, in turns, and is given as a median. Ratios carry
+over to other machines, milliseconds do not. Nothing is downloaded: pixels are drawn at random. On a
+machine that others use too, OMP_NUM_THREADS=1 makes it count the processor time of one thread.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.models import resnet50
+
+from swdlib.criteria import batch_norm_scale, magnitude
+from swdlib.evaluation import evaluate
+from swdlib.experiments import code_digest
+from swdlib.files import write_whole
+from swdlib.images import Dataset as Images
+from swdlib.images import Split
+from swdlib.masks import select_units
+from swdlib.models import build_model
+from swdlib.penalties import SelectiveWeightDecay
+from swdlib.structures import filters
+from swdlib.training import sgd
+
+STORED = Path(__file__).parent / "measurements" / "speed.json"
+SIZES = (10**5, 10**6, 10**7, 10**8)
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+
+Row = dict[str, Any]
+Timed = tuple[Callable[[], object], Callable[[], Any]]  # what is done before, and what is timed
+
+
+class Rest(torch.optim.Optimizer):
+    """An optimizer that does nothing, so that a step costs what has joined it."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Do nothing."""
+
+
+def clock() -> float:
+    """Seconds; those of this process alone where a single thread works: others do not count."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def medians(functions: Mapping[str, Timed], rounds: int) -> dict[str, float]:
+    """Milliseconds that each takes: all in turns, the median of some rounds."""
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, (before, function) in functions.items():
+            before()
+            start = clock()
+            function()
+            taken[name].append(1e3 * (clock() - start))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def with_gradients(model: nn.Module) -> nn.Module:
+    """Give every parameter a gradient."""
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    return model
+
+
+def joined(model: nn.Module, compiled: bool = False, **settings: Any) -> Callable[[], None]:
+    """A step of training that consists of the penalty alone."""
+    penalty = SelectiveWeightDecay(model, **{"sparsity": 0.9, "steps": 10**6, **settings})
+    if compiled:
+        penalty.compile()
+    optimizer = Rest(model.parameters())
+    penalty.attach(optimizer)
+    return optimizer.step
+
+
+def moving(model: nn.Module) -> Callable[[], None]:
+    """What moves weights as a step of SGD does: a little noise and a little decay."""
+
+    @torch.no_grad()
+    def move() -> None:
+        for parameter in model.parameters():
+            parameter.mul_(1 - 5e-5).add_(torch.randn_like(parameter), alpha=1e-4)
+
+    return move
+
+
+@torch.no_grad()
+def jump(model: nn.Module) -> None:
+    """Change all weights as if others were loaded."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02 + 0.03 * float(torch.rand(())))
+
+
+def naive(model: nn.Module, sparsity: float = 0.9, scale: float = 5e-5) -> None:
+    """The plain way: sort all weights, mask what lies under the threshold, differentiate."""
+    weights = [p for p in model.parameters() if p.ndim >= 2]
+    ordered = torch.cat([w.detach().abs().flatten() for w in weights]).sort().values
+    threshold = ordered[round(sparsity * len(ordered))]
+    chosen = [w * (w.detach().abs() < threshold) for w in weights]
+    (0.5 * scale * torch.stack([c.square().sum() for c in chosen]).sum()).backward()
+
+
+def resnet50_steps(rounds: int) -> list[Row]:
+    """Exact selection and update of ResNet-50's weights against a copy and the plain way."""
+    model = with_gradients(resnet50())
+    move = moving(model)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim >= 2])
+    gradients, first, second = (torch.empty_like(weights) for _ in range(3))
+
+    def copy() -> None:  # reads twice and writes twice what is read three times and written once
+        first.copy_(weights)
+        second.copy_(gradients)
+
+    steps = {name: joined(model, compiled=name == "compiled") for name in ("eager", "compiled")}
+    for step in steps.values():
+        step()
+    usual = medians(
+        {"copy": (move, copy), **{n: (move, step) for n, step in steps.items()}}, rounds
+    )
+    jumps = medians({n: (lambda: jump(model), step) for n, step in steps.items()}, rounds)
+    fresh = [joined(model) for _ in range(rounds)]
+    opened = medians({"first": (move, lambda: fresh.pop()())}, rounds)
+    plain = medians({"naive": (nothing, lambda: naive(model))}, max(2, rounds // 5))["naive"]
+    rows = [row("copy of the same bytes", usual["copy"], "ms"), row("plain way", plain, "ms")]
+    for name, goal in (("eager", 2.5), ("compiled", 1.3)):
+        rows += [
+            row(f"select and update, {name}", usual[name], "ms"),
+            row(f"select and update, {name}, to a copy", usual[name] / usual["copy"], "x", goal),
+            row(f"plain way to select and update, {name}", plain / usual[name], "x", least=100),
+            row(f"step after a jump to a usual one, {name}", jumps[name] / usual[name], "x", 3),
+        ]
+    return [
+        *rows,
+        row("first step to a usual one, eager", opened["first"] / usual["eager"], "x", 3),
+    ]
+
+
+def layers(number: int) -> nn.Module:
+    """Ten matrices that have so many weights in all."""
+    return nn.ParameterList([nn.Parameter(torch.empty(10, number // 100)) for _ in range(10)])
+
+
+def against_size(rounds: int) -> list[Row]:
+    """Nanoseconds a weight of a step, by the number of weights."""
+    rows = []
+    for number in SIZES:
+        model = layers(number)
+        jump(model)
+        with_gradients(model)
+        step = joined(model)
+        step()
+        taken = medians({"step": (moving(model), step)}, max(3, rounds // (number // 10**7 + 1)))
+        rows.append(row(f"a step of {number:,} weights", 1e6 * taken["step"] / number, "ns/weight"))
+    return rows
+
+
+def extra_memory() -> list[Row]:
+    """How far steps raise the peak of a process, in copies of the largest tensor."""
+    number = 3 * 10**7
+    script = f"import bench; print(bench.growth({number}))"
+    grown = float(in_python(script, cwd=Path(__file__).parent))
+    return [row("memory that steps add, in copies of the largest tensor", grown, "x", 1)]
+
+
+def growth(number: int) -> float:
+    """Bytes that steps add to the peak of this process, over those of a layer."""
+    model = layers(number)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+        parameter.grad = torch.ones_like(parameter)
+    warm = layers(10**5)
+    jump(warm)
+    joined(with_gradients(warm))()
+    before = peak()
+    step = joined(model)
+    for _ in range(3):
+        step()
+    return (peak() - before) / (4 * number / 10)
+
+
+def peak() -> int:
+    """The most bytes that this process has held so far; Linux alone tells."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def structured(rounds: int) -> list[Row]:
+    """What it costs to choose the filters of ResNet-50 that go."""
+    groups = filters(torch.zeros(2, 3, 64, 64))(resnet50())
+    functions = {
+        c.__name__: (nothing, lambda c=c: select_units(groups, 0.5, c))
+        for c in (batch_norm_scale, magnitude)
+    }
+    taken = medians(functions, rounds)
+    return [
+        row("choice of ResNet-50's filters by their scales", taken["batch_norm_scale"], "ms", 5),
+        row("choice of ResNet-50's filters by magnitude", taken["magnitude"], "ms"),
+    ]
+
+
+class Pictures(Dataset):
+    """Images as torchvision's CIFAR10 gives them: each turned into a PIL image and transformed."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, change: Any) -> None:
+        self.images, self.labels, self.change = images, labels, change
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.change(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def plain_loader(split: Split, train: bool, batch_size: int) -> DataLoader:
+    """The usual way: torchvision's transforms and a DataLoader of two workers."""
+    crop = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()] if train else []
+    change = transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    images = split.images.permute(0, 2, 3, 1).contiguous().numpy()
+    pictures = Pictures(images, split.labels.numpy(), change)
+    return DataLoader(pictures, batch_size, shuffle=train, num_workers=2)
+
+
+def pixels(count: int) -> Split:
+    """Random images of CIFAR-10's size."""
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    return Split(images, torch.randint(10, (count,)))
+
+
+def training(rounds: int) -> list[Row]:
+    """Steps of ResNet-20 on images of CIFAR-10's size and number, by ours and by a plain loop."""
+    data = Images("random", "drawn", pixels(50_000), pixels(2_000), 10, MEAN, STD, 4, True, "")
+    model = build_model("resnet20").train()
+    optimizer = sgd(model.parameters())
+
+    def learn(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    sources = {
+        "ours": lambda: data.train_batches(128, seed=0, epoch=0),
+        "plain": lambda: plain_loader(data.train, True, 128),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in sources}
+    for _ in range(max(2, rounds // 5)):
+        for name, batches in sources.items():
+            taken[name].append(a_step(batches(), learn))
+    ours, plain = (statistics.median(taken[name]) for name in sources)
+    batch = iter(sources["ours"]())
+    step = joined(model)
+    small = {"data": (nothing, lambda: next(batch)), "penalty": (moving(model), step)}
+    step()
+    parts = medians(small, rounds)
+    return [
+        row("step of ResNet-20, 16 maps, batch 128", ours, "ms"),
+        row("share of a step that selects and updates", 100 * parts["penalty"] / ours, "%", 1),
+        row("share of a step that makes the batch", 100 * parts["data"] / ours, "%", 3),
+        row("plain way to ours, an epoch of training", plain / ours, "x", least=1.3),
+        *evaluation(model, data, max(2, rounds // 5)),
+    ]
+
+
+def a_step(batches: Any, learn: Callable[[Tensor, Tensor], None], count: int = 6) -> float:
+    """Milliseconds of a step with its batch, once the first is done and workers are there."""
+    batches = iter(batches)
+    learn(*next(batches))
+    start = clock()
+    for _ in range(count):
+        learn(*next(batches))
+    return 1e3 * (clock() - start) / count
+
+
+def evaluation(model: nn.Module, data: Images, rounds: int) -> list[Row]:
+    """Evaluation of 2,000 images, by ours and by a plain loop."""
+
+    @torch.no_grad()
+    def plain() -> float:
+        model.eval()
+        correct = 0
+        for images, labels in plain_loader(data.test, False, 128):
+            correct += (model(images).argmax(1) == labels).sum().item()
+        return correct / len(data.test)
+
+    taken: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(rounds):
+        for name, function in (("ours", lambda: evaluate(model, data)), ("plain", plain)):
+            start = time.perf_counter()  # workers' time counts
+            function()
+            taken[name].append(time.perf_counter() - start)
+    ratio = statistics.median(taken["plain"]) / statistics.median(taken["ours"])
+    return [row("plain way to ours, evaluation of 2,000 images", ratio, "x", least=1.3)]
+
+
+def imports(rounds: int) -> list[Row]:
+    """Seconds that `import swdlib` takes beyond `import torch`."""
+    clock = "import time; import torch; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+    taken = [float(in_python(clock.format("import swdlib"))) for _ in range(rounds)]
+    return [row("import swdlib beyond import torch", statistics.median(taken), "s", 0.3)]
+
+
+def in_python(script: str, cwd: Path = STORED.parents[2]) -> str:
+    """What a new process of Python prints."""
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+def on_gpu(rounds: int) -> list[Row]:
+    """The share of a step of ResNet-50 in bf16, batch 128, that selects and updates on a GPU."""
+    model = resnet50().cuda()
+    optimizer = sgd(model.parameters())
+    images = torch.randn(128, 3, 224, 224, device="cuda")
+    labels = torch.randint(1000, (128,), device="cuda")
+
+    def learn() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        torch.cuda.synchronize()
+
+    def choose() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    learn()
+    step = joined(model)
+    choose()
+    taken = medians({"step": (nothing, learn), "penalty": (nothing, choose)}, rounds)
+    share = 100 * taken["penalty"] / taken["step"]
+    return [row("share of a step of ResNet-50 in bf16 on a GPU", share, "%", 1)]
+
+
+def row(
+    what: str, value: float, unit: str, most: float | None = None, least: float | None = None
+) -> Row:
+    """A line of the table; `most` or `least` is the goal."""
+    return {
+        "what": what,
+        "value": float(f"{value:.3g}"),
+        "unit": unit,
+        "most": most,
+        "least": least,
+    }
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    goal = "" if row["most"] is None else f"<= {row['most']:g}"
+    goal = goal if row["least"] is None else f">= {row['least']:g}"
+    return f"{row['what']:<58} {row['value']:>9g} {row['unit']:<10} {goal}"
+
+
+def machine() -> dict[str, Any]:
+    """With what and on what this is measured."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "code": code_digest(),
+        "machine": {"system": f"{platform.system()} {platform.machine()}", "cpu": processor()},
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+SECTIONS: dict[str, Callable[[int], list[Row]]] = {
+    "resnet50": resnet50_steps,
+    "size": against_size,
+    **({"memory": lambda rounds: extra_memory()} if sys.platform == "linux" else {}),
+    "structured": structured,
+    "training": training,
+    "import": lambda rounds: imports(5),
+    **({"gpu": on_gpu} if torch.cuda.is_available() else {}),
+}
+
+
+def main() -> None:
+    """Measure, print a table and store it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; none: all")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of which medians are taken")
+    parser.add_argument("--to", type=Path, default=STORED, help="the file that is written")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    for name in options.sections or SECTIONS:
+        for found in SECTIONS[name](options.rounds):
+            rows.append(found)
+            print(line(found), flush=True)
+    content = {"provenance": machine(), "rounds": options.rounds, "rows": rows}
+    text = json.dumps(content, indent=1)
+    write_whole(options.to, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

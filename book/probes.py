@@ -1,0 +1,49 @@
+"""What a notebook draws and reads, told by two cells that are added for its run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from book.reruns import Figure
+from swdlib.notebooks import CSV
+
+PROBE = "probe"  # the tag of these cells
+
+
+def added(source: Path) -> Any:
+    """Return a notebook with a cell before and one after it that tell what it draws and reads."""
+    notebook = nbformat.read(source, as_version=4)
+    first = "from swdlib.notebooks import keep_numbers\n\nkeep_numbers()"
+    last = (
+        "import json\n\nfrom swdlib.notebooks import files_read\n\nprint(json.dumps(files_read()))"
+    )
+    before, after = (
+        nbformat.v4.new_code_cell(code, metadata={"tags": [PROBE]}) for code in (first, last)
+    )
+    notebook.cells = [before, *notebook.cells, after]
+    return notebook
+
+
+def files_read(notebook: Any) -> list[str]:
+    """Remove the cells that `added` put there and return the files that the notebook read."""
+    probes = [cell for cell in notebook.cells if PROBE in cell.metadata.get("tags", [])]
+    notebook.cells = [cell for cell in notebook.cells if cell not in probes]
+    printed = [output.text for output in probes[-1].outputs if output.get("name") == "stdout"]
+    files: list[str] = json.loads("".join(printed))
+    return files
+
+
+def numbers_drawn(notebook: Any, root: Path, folder: str) -> list[Figure]:
+    """Move the numbers of figures from the outputs of a notebook to files in `root`/`folder`."""
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    figures: list[Figure] = []
+    for cell in notebook.cells:
+        words = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        for output in cell.get("outputs", []):
+            if numbers := output.get("data", {}).pop(CSV, None):
+                name = f"{folder}/figure-{len(figures) + 1}.csv"
+                (root / name).write_text(numbers, encoding="utf-8")
+                figures.append(Figure(name, words))
+    return figures

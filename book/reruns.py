@@ -1,0 +1,218 @@
+"""How a page was made, as Markdown: its command, parameters, data, records, and what to expect."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import nbformat
+import papermill
+
+from book.api import escaped
+from swdlib.config import PROFILES, Config
+from swdlib.records import NOT_ADDRESSED, load
+
+SETTINGS = {setting.name: setting for setting in fields(Config)}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a page: the file with its numbers, and what it shows in words."""
+
+    csv: str
+    words: str
+
+
+@dataclass
+class Run:
+    """A notebook that ran: with which parameters, and what it drew and read.
+
+    `files` holds paths below the book's folder, as do the names of `figures`.
+    """
+
+    name: str
+    title: str
+    minutes: str
+    given: dict[str, Any]
+    parameters: dict[str, Any]
+    figures: list[Figure] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+
+def describe(source: Path, given: dict[str, Any]) -> Run:
+    """Return a run of the notebook `source`, of which nothing is known yet but its parameters."""
+    notebook = nbformat.read(source, as_version=4)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    title = re.search(r"^# (.+)$", prose, re.MULTILINE)
+    time = re.search(r"Reading takes (\d+) minutes", prose)
+    parameters = papermill.inspect_notebook(str(source))
+    return Run(
+        source.stem, title[1] if title else source.stem, time[1] if time else "", given, parameters
+    )
+
+
+# The box on a page
+
+
+def box(run: Run) -> str:
+    """Return what a page says of its own making: folded, for a notebook's cell."""
+    parts = [
+        ":::{dropdown} Rerun this page",
+        f"It was made with\n\n```sh\n{command(run)}\n```",
+        f"or, from a checkout, with `{make(run)}`. Change any of its parameters with "
+        "`-p NAME VALUE`:",
+        parameter_table(run.parameters),
+        f"Download: {notebook_link(run)}.",
+    ]
+    if run.figures:
+        parts.append("The numbers behind each figure:\n\n" + figure_list(run))
+    if run.files:
+        parts.append(f"Read from the book: {', '.join(file_link(f) for f in run.files)}.")
+    return "\n\n".join([*parts, ":::"])
+
+
+def command(run: Run) -> str:
+    """Return the papermill command that made a page."""
+    given = "".join(f" -p {name} {value}" for name, value in run.given.items())
+    return f"papermill {run.name}.ipynb out.ipynb{given}"
+
+
+def make(run: Run) -> str:
+    """Return the same as a command of the Makefile."""
+    given = " ".join(f"-p {name} {value}" for name, value in run.given.items())
+    return f"make notebook NAME={run.name}" + (f' ARGS="{given}"' if given else "")
+
+
+def parameter_table(parameters: dict[str, Any]) -> str:
+    """Return a row a parameter: name, type, default, what is allowed, and its meaning."""
+    rows = []
+    for name, about in parameters.items():
+        kind = about["inferred_type_name"]
+        setting = SETTINGS.get(name)
+        meaning = about["help"] or (setting.metadata["meaning"] if setting else "")
+        rows.append(
+            [f"`{name}`", kind, default(name, about["default"]), allowed(name), escaped(meaning)]
+        )
+    return table(["name", "type", "default", "allowed", "meaning"], rows)
+
+
+def default(name: str, text: str) -> str:
+    """Return a parameter's default, and for None what a setting is filled with."""
+    filled = getattr(Config(), name) if text == "None" and name in SETTINGS else None
+    if filled is None:
+        return f"`{text}`"
+    shown = f"{filled:g}" if isinstance(filled, float) else filled
+    return f"`None`: {shown} ({'profile smoke' if name in PROFILES['smoke'] else 'recipe swd'})"
+
+
+def allowed(name: str) -> str:
+    """Return what the library takes for a setting, as it says itself when it refuses one."""
+    setting = SETTINGS.get(name)
+    if setting is None:
+        return "–"
+    if setting.metadata["choices"]:
+        return ", ".join(setting.metadata["choices"])
+    for wrong in (-1, -1.0):
+        try:
+            Config(**{name: wrong})  # type: ignore[arg-type]
+        except ValueError as error:
+            said = re.fullmatch(rf"{name} must be (.+), not -1(\.0)?", str(error))
+            if said and not said[1].startswith("of type"):
+                return said[1]
+    return "–"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(c).replace('|', '/') for c in line)} |" for line in lines)
+
+
+def notebook_link(run: Run) -> str:
+    """Return a link to the notebook as it is stored."""
+    return f"{{download}}`{run.name}.ipynb <data/{run.name}/{run.name}.ipynb>`"
+
+
+def file_link(path: str) -> str:
+    """Return a link to a file below the book's folder."""
+    return f"{{download}}`{Path(path).name} <{path}>`"
+
+
+def figure_list(run: Run) -> str:
+    """Return a line a figure: a link to its numbers, and what it shows."""
+    lines = []
+    for number, figure in enumerate(run.figures, start=1):
+        shows = re.split(r"[:.]( |$)", figure.words)[0]
+        lines.append(f"{number}. {{download}}`CSV <{figure.csv}>` – {shows}")
+    return "\n".join(lines)
+
+
+# The pages that say it of all pages
+
+
+def every_chapter(runs: Iterable[Run]) -> str:
+    """Return the chapters in order, each with the time that reading it takes."""
+    lines = []
+    for number, run in enumerate(runs, start=1):
+        minutes = f" {run.minutes} minutes" if run.minutes else ""
+        lines.append(f"{number}. [{run.title}]({run.name}.ipynb){minutes}")
+    return "\n".join(lines)
+
+
+def every_page(runs: Iterable[Run]) -> str:
+    """Return a section a page: its command, its figures and what it read."""
+    parts = []
+    for run in runs:
+        parts += [f"## [{run.title}]({run.name}.ipynb)", f"```sh\n{command(run)}\n```"]
+        parts.append(f"The notebook: {notebook_link(run)}.")
+        parts.append(
+            figure_list(run) if run.figures else "It has no figure with a file of its own."
+        )
+        if run.files:
+            parts.append(f"Read from the book: {', '.join(file_link(f) for f in run.files)}.")
+    return "\n\n".join(parts)
+
+
+def every_record(folder: Path) -> str:
+    """Return a row a committed record: the file, and the command that makes it anew."""
+    rows = []
+    for path in committed(folder):
+        record = load(path)
+        link = f"{{download}}`{path.stem[-16:]} <records/{path.relative_to(folder)}>`"
+        rows.append([link, f"`{shell(record.config)}`"])
+    return table(["record", "command"], rows)
+
+
+def committed(folder: Path) -> list[Path]:
+    """Return the records that come with the book: those of the smoke profile are made anew."""
+    return [p for p in sorted(folder.rglob("*.json")) if p.relative_to(folder).parts[0] != "smoke"]
+
+
+def shell(config: dict[str, Any]) -> str:
+    """Return the command that runs a configuration."""
+    chosen = {name: config[name] for name in ("profile", "recipe")}
+    plain = Config(**chosen).settings()
+    changed = {
+        name: value
+        for name, value in config.items()
+        if value != plain.get(name) and value is not None and name not in NOT_ADDRESSED
+    }
+    flags = (f"--{n.replace('_', '-')} {v}" for n, v in {**chosen, **changed}.items())
+    return f"swdlib run {' '.join(flags)}".replace("True", "true").replace("False", "false")
+
+
+def expected(folder: Path) -> str:
+    """Return what runs on record ended with: over their seeds, mean, lowest and highest Top-1."""
+    ends: dict[tuple[str, str], list[float]] = {}
+    for record in map(load, committed(folder)):
+        if record.status == "finished":
+            source = record.provenance["dataset"]["source"]
+            key = shell(record.config | {"seed": 0}), f"{record.config['dataset']}, {source}"
+            ends.setdefault(key, []).append(record.final["top1"])
+    rows = []
+    for (command, data), top1 in sorted(ends.items()):
+        span = f"{min(top1):.2f} to {max(top1):.2f}" if len(top1) > 1 else "–"
+        rows.append([f"`{command}`", data, len(top1), f"{fmean(top1):.2f}", span])
+    return table(["command", "data", "seeds", "mean Top-1 (%)", "lowest to highest"], rows)

@@ -1,0 +1,204 @@
+"""Audits: whether a record is what it says: sound, of known code and data, its figures true."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import nn
+
+from swdlib import records
+from swdlib.config import Config
+from swdlib.data import AnyDataset, load_data
+from swdlib.dryruns import SHAPES
+from swdlib.evaluation import evaluate
+from swdlib.experiments import build
+from swdlib.history import code_of
+from swdlib.metrics import parameters
+from swdlib.models import build_model
+from swdlib.records import Record
+from swdlib.structures import is_prunable
+
+# Of the data in whole and of what is left of it if a fraction is held out, as (dataset, fraction).
+FINGERPRINTS = {
+    "993ac88bd2d994bc": ("digits", 0.0),
+    "cb14aac5cc882f9d": ("digits", 0.1),
+    "ae3bcfea977962c9": ("cifar10", 0.0),  # its images re-encoded as JPEG, here and below
+    "54b49b7ecb19fd8a": ("cifar10", 0.1),
+    "aa7fb58995b4a897": ("cifar10", 0.2),
+}
+
+# Digests of code that was never committed; there are records made by it.
+UNCOMMITTED = {"c8535b62156a": "of 2026-11-24, between the commits 3a5a4a4 and 568343d"}
+
+# How far figures may be from the record's when they are computed again: on other machines, sums
+# are made in another order. Relative for the loss, in points for the Top-1 accuracy.
+TOLERANCE = {"fp32": (1e-3, 0.1), "bf16": (0.05, 1.0), "fp16": (0.05, 1.0)}
+
+
+@dataclass
+class Audit:
+    """What was found of one record; `problems` is empty if it is sound."""
+
+    path: Path
+    code: str = "-"
+    data: str = "-"
+    figures: str = "-"
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        verdict = "WRONG" if self.problems else "sound"
+        facts = f"{verdict}  {self.path.stem}  code: {self.code}  data: {self.data}"
+        return "\n    ".join([f"{facts}  figures: {self.figures}", *self.problems])
+
+
+def audit_all(folder: Path, data_root: Path | None = None) -> Iterator[Audit]:
+    """Audit every record below `folder`, one after the other."""
+    for path in sorted(folder.rglob("*.json")):
+        yield audit(path, folder, data_root)
+
+
+def audit(path: Path, folder: Path, data_root: Path | None = None) -> Audit:
+    """Audit one record below `folder`.
+
+    Figures are computed again if the trained network lies beside the record and its data is there:
+    the digits, or what `data_root` holds. Nothing that is read can run code.
+    """
+    found = Audit(path)
+    try:
+        record = records.load(path)
+        if path != records.path_of(record.config, folder):
+            found.problems.append(f"it belongs at {records.path_of(record.config, folder)}")
+        found.problems += _rows(record)
+        _code(record, found)
+        data = _data(record, found, data_root)
+        if data is not None and record.status == "finished":
+            _figures(record, found, data)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        found.problems.append(f"it cannot be read: {error!r}")
+    return found
+
+
+# What it says of itself -------------------------------------------------------------------------
+
+
+def _rows(record: Record) -> Iterator[str]:
+    if record.status not in ("finished", "diverged"):
+        yield f"status must be finished or diverged, not {record.status!r}"
+    if record.status != "finished":
+        return
+    if not record.rows:
+        yield "it is finished, but has no rows"
+        return
+    yield from _order(record)
+    for number, row in enumerate(record.rows):
+        measured = [row[name] for name in ("loss", "top1", "top5", "sparsity", "parameters")]
+        in_range = 0 <= row["top1"] <= row["top5"] <= 100 and 0 <= row["sparsity"] < 1
+        if not (all(map(math.isfinite, measured)) and row["loss"] >= 0 and in_range):
+            yield f"row {number}: a loss, accuracy or sparsity is out of range"
+    yield from _sizes(record)
+
+
+def _order(record: Record) -> Iterator[str]:
+    for name in ("epoch", "step"):
+        everything = [row[name] for row in record.rows]
+        trained = [row[name] for row in record.rows if row["kind"] == "train"]
+        if sorted(everything) != everything or sorted(set(trained)) != trained:
+            yield f"rows: {name} must rise"
+    epochs = [row["epoch"] for row in record.rows if row["kind"] == "train"]
+    if epochs != list(range(1, record.config["epochs"] + 1)):
+        yield f"rows: epochs must be 1 to {record.config['epochs']}, not {epochs}"
+
+
+def _sizes(record: Record) -> Iterator[str]:
+    """Compare sparsity and parameters with the network that the configuration builds."""
+    network = _network(record.config)
+    total = parameters(network)
+    prunable = sum(p.numel() for p in network.parameters() if is_prunable(p))
+    target, last = record.config["sparsity"], record.final
+    for number, row in enumerate(record.rows):
+        removed = total - row["parameters"]
+        if record.config["structure"] in ("weights", None):
+            if abs(removed - row["sparsity"] * prunable) > 1e-6 * prunable:
+                yield f"row {number}: {removed:,} removed is no sparsity of {row['sparsity']}"
+        elif not 0 <= removed < total:
+            yield f"row {number}: {row['parameters']:,} parameters of {total:,}"
+        weights = row["weights"]
+        if weights["zeros"] + sum(weights["counts"]) != prunable:
+            yield f"row {number}: weights must count {prunable:,}"
+    slack = 1 if record.config["structure"] in ("weights", None) else math.inf
+    if not -1 <= (last["sparsity"] - target) * prunable <= slack:
+        yield f"sparsity is {last['sparsity']}, not {target}"
+
+
+def _network(config: dict[str, Any]) -> nn.Module:
+    channels, size, classes, *_ = {"digits": (1, 8, 10), **SHAPES}[config["dataset"]]
+    with torch.device("meta"):  # takes no memory and draws no weights
+        return build_model(
+            config["model"], channels=channels, size=size, classes=classes, width=config["width"]
+        )
+
+
+# By what it was made ----------------------------------------------------------------------------
+
+
+def _code(record: Record, found: Audit) -> None:
+    digest = record.provenance["code"]["digest"]
+    found.code = code_of(record)
+    if found.code == "unknown":
+        found.code = f"not committed, {UNCOMMITTED.get(digest, digest)}"
+        if digest not in UNCOMMITTED:
+            found.problems.append(f"its code, {digest}, is that of no commit")
+
+
+def _data(record: Record, found: Audit, root: Path | None) -> AnyDataset | None:
+    """Check the dataset's fingerprint; the data, if it is there and is that of the record."""
+    name, holdout = record.config["dataset"], record.config.get("holdout") or 0.0
+    said = record.provenance["dataset"]
+    data = _load(name, holdout, root) if name == "digits" or root else None
+    if data is not None and data.fingerprint == said["fingerprint"]:
+        found.data = "computed again"
+        return data
+    if FINGERPRINTS.get(said["fingerprint"]) == (name, holdout):
+        found.data = "known"
+    else:
+        found.data = "unknown"
+        found.problems.append(
+            f"fingerprint {said['fingerprint']} is not of {name} with {holdout:g} held out"
+        )
+    return None
+
+
+@cache
+def _load(name: str, holdout: float, root: Path | None) -> AnyDataset | None:
+    try:
+        return load_data(name, root, holdout=holdout)
+    except FileNotFoundError:
+        return None
+
+
+def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
+    """Load the network that lies beside the record, and measure it again."""
+    path = found.path.with_suffix(".safetensors")
+    if not path.is_file():
+        return
+    found.figures = "computed again"
+    try:
+        network = build(Config(**{**record.config, "device": "cpu"}), data)
+        load_model(network, path)
+    except (SafetensorError, RuntimeError, TypeError, OSError) as error:
+        found.problems.append(f"{path.name} does not hold its network: {error}")
+        return
+    measured, last = evaluate(network, data), record.final
+    relative, points = TOLERANCE[record.config["precision"]]
+    for name, slack in (("loss", relative * last["loss"]), ("top1", points)):
+        if not abs(measured[name] - last[name]) <= slack + 1e-9:
+            found.problems.append(f"{name} is {measured[name]:.4f}, not {last[name]:.4f}")
+    zeros = sum(int((p == 0).sum()) for p in network.parameters() if is_prunable(p))
+    if zeros != last["weights"]["zeros"]:
+        found.problems.append(f"{zeros:,} weights are zero, not {last['weights']['zeros']:,}")

@@ -1,0 +1,336 @@
+"""What pages say of the library and of their own making: reference, reruns, quizzes, words."""
+
+import doctest
+import importlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+from torch import Tensor
+
+import swdlib
+from book import api, build, probes, reruns
+from swdlib.cli import parser
+from swdlib.config import Config
+from swdlib.records import Record, address, load, path_of, save
+from tests.test_book import NOTEBOOKS, code, stored
+
+ROOT = build.ROOT
+MODULES = sorted(path.stem for path in (ROOT / "swdlib").glob("*.py") if path.stem != "__init__")
+RECORDS = reruns.committed(build.BOOK / "records")
+
+sys.path.append(str(build.BOOK / "_ext"))  # as Sphinx does with local extensions
+quiz: Any = importlib.import_module("quiz")
+repository: Any = importlib.import_module("repository")
+
+
+# The API reference
+
+
+@dataclass
+class Sample:
+    """A class for the tests.
+
+    Args:
+        size: how large
+            it is.
+
+    >>> Sample(2).size
+    2
+    """
+
+    size: int = 1
+
+    def twice(self, by: Tensor | None = None, *, loud: bool = False) -> int:
+        """Return w* * 2 of `a_b`."""
+        return 2 * self.size
+
+    @property
+    def half(self) -> float:
+        """Half of it."""
+        return self.size / 2
+
+    def undocumented(self) -> None: ...
+
+
+def test_entry_has_signature_arguments_examples_and_methods() -> None:
+    text = "\n\n".join(api._entry(Sample, "Sample", "###"))
+    assert text.startswith("### `Sample`\n\n```python\nSample(size: int = 1)\n```\n\nA class")
+    assert "- `size`: how large it is." in text
+    assert "```python\n>>> Sample(2).size\n2\n```" in text
+    assert "`Sample.twice(by: Tensor | None = None, *, loud: bool = False) -> int`" in text
+    assert "Return w\\* \\* 2 of `a_b`." in text
+    assert "`Sample.half`\n: Half of it." in text
+    assert "undocumented" not in text
+
+
+def test_long_signature_has_a_line_for_each_parameter() -> None:
+    text = api.signature(swdlib.SelectiveWeightDecay, "SelectiveWeightDecay")
+    lines = text.splitlines()
+    assert lines[:3] == ["SelectiveWeightDecay(", "    model: Module,", "    *,"]
+    assert "    structure: Structure = weights," in lines
+    assert '    update: Literal["gradient", "proximal"] = "gradient",' in lines
+
+
+def referenced() -> list[str]:
+    """Return the modules on the page, in its order."""
+    page = (build.BOOK / "api.md").read_text("utf-8")
+    return re.findall(r"^## (\w+)\n\n% generated: api \1$", page, re.MULTILINE)
+
+
+def test_reference_holds_every_public_name() -> None:
+    text = {name: api.reference(name) for name in referenced()}
+    for name in swdlib.__all__:
+        assert name in text or any(f"### `{name}`" in page for page in text.values()), name
+    assert not any(" at 0x" in page for page in text.values())
+
+
+def test_reference_follows_the_flow_of_data() -> None:
+    order = referenced()
+    flow = ["schedules", "structures", "masks", "penalties", "recipes", "training", "deploy"]
+    assert [name for name in order if name in flow] == flow
+
+
+def examples(text: str) -> doctest.DocTest:
+    """Return the examples of a text; a fence of Markdown ends one."""
+    plain = text.replace("```", "")
+    return doctest.DocTestParser().get_doctest(plain, {}, "examples", None, 0)
+
+
+def run_examples(test: doctest.DocTest) -> None:
+    """Run examples and fail with what differs."""
+    said = io.StringIO()
+    doctest.DocTestRunner(verbose=False).run(test, out=said.write)
+    assert not said.getvalue(), said.getvalue()
+
+
+def test_examples_of_the_reference_run() -> None:
+    test = examples((build.BOOK / "api.md").read_text("utf-8"))
+    assert len(test.examples) > 30
+    run_examples(test)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name: str) -> None:
+    for test in doctest.DocTestFinder().find(importlib.import_module(f"swdlib.{name}")):
+        run_examples(test)
+
+
+# How a page was made
+
+
+OWN = """# What it is for.
+seed: int = 0  # the first
+sparsity: float = None
+recipe: str = "swd"
+shares: list = [0.1, 0.2]  # a_b | c*"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> reruns.Run:
+    """Return a run of a small notebook."""
+    heading = nbformat.v4.new_markdown_cell("# A page\n\nReading takes 5 minutes, running 1.")
+    return reruns.describe(stored(tmp_path, heading, code(OWN, "parameters")), {"seed": 1})
+
+
+def test_run_knows_the_title_of_its_page_and_the_time_it_takes(run: reruns.Run) -> None:
+    assert (run.name, run.title, run.minutes) == ("small", "A page", "5")
+    assert reruns.every_chapter([run, run]) == "\n".join(
+        f"{number}. [A page](small.ipynb) 5 minutes" for number in (1, 2)
+    )
+
+
+def test_commands_pass_what_was_given(run: reruns.Run) -> None:
+    assert reruns.command(run) == "papermill small.ipynb out.ipynb -p seed 1"
+    assert reruns.make(run) == 'make notebook NAME=small ARGS="-p seed 1"'
+    run.given = {}
+    assert reruns.make(run) == "make notebook NAME=small"
+
+
+def test_table_tells_type_default_allowed_values_and_meaning(run: reruns.Run) -> None:
+    rows = reruns.parameter_table(run.parameters).splitlines()[2:]
+    seed, sparsity, recipe, shares = ([c.strip() for c in row.split(" | ")] for row in rows)
+    assert seed == ["| `seed`", "int", "`0`", "0 or more", "the first |"]
+    assert sparsity[1:4] == ["float", "`None`: 0.9 (recipe swd)", "in [0, 1)"]
+    assert "han2015" in recipe[3] and recipe[4] == "method |"
+    assert shares[2:] == ["`[0.1, 0.2]`", "–", r"a\_b \/ c\* |"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("epochs", "at least 1"), ("a_max", "above 0"), ("data_root", "–"), ("images", "–")],
+)
+def test_allowed_values_are_those_that_the_library_takes(name: str, said: str) -> None:
+    assert reruns.allowed(name) == said
+
+
+def test_box_links_notebook_numbers_and_records(run: reruns.Run) -> None:
+    run.figures = [reruns.Figure("data/small/figure-1.csv", "A line: it rises.")]
+    run.files = ["records/laptop/one.json"]
+    box = reruns.box(run)
+    assert "{download}`small.ipynb <data/small/small.ipynb>`" in box
+    assert "1. {download}`CSV <data/small/figure-1.csv>` – A line\n" in box
+    assert "{download}`one.json <records/laptop/one.json>`" in box
+    assert box.startswith(":::{dropdown}") and box.endswith("\n:::")
+
+
+@pytest.mark.slow
+def test_figures_and_files_of_a_run_are_told(tmp_path: Path) -> None:
+    (tmp_path / "facts.json").write_text("{}")
+    reads = "import json\n\njson.load(open('facts.json'))"
+    draws = "import matplotlib.pyplot as plt\n\nplt.plot([1, 2], [3, 5], label='a');"
+    cells = code("seed: int = 0", "parameters"), code(reads), code(draws)
+    target = tmp_path / "out.ipynb"
+    found = build.execute(stored(tmp_path, *cells), target, {"seed": 2}, folder=tmp_path)
+    assert [figure.csv for figure in found.figures] == ["data/out/figure-1.csv"]
+    assert (tmp_path / "data/out/figure-1.csv").read_text() == "series,x,y\na,1,3\na,2,5\n"
+    assert str(tmp_path / "facts.json") in found.files
+    notebook = nbformat.read(target, as_version=4)
+    assert probes.PROBE not in str(notebook) and "text/csv" not in str(notebook)
+    build.check_outputs(target)
+
+
+def test_only_files_of_the_book_count(tmp_path: Path) -> None:
+    names = ["records/laptop/a.json", "records/smoke/b.json", "records/laptop/a.json"]
+    files = [*(str(tmp_path / "book" / name) for name in names), "/elsewhere/c.json"]
+    assert build.within(files, (tmp_path / "book",)) == [Path("records/laptop/a.json")]
+
+
+def test_box_comes_after_the_first_cells_of_code(tmp_path: Path, run: reruns.Run) -> None:
+    prose = [nbformat.v4.new_markdown_cell(text) for text in ("# A page", "More")]
+    path = stored(tmp_path, prose[0], code("seed = 0", "parameters"), code("f()"), prose[1])
+    build.insert_box(path, run)
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    assert [s.startswith(":::{dropdown}") for s in sources] == [False, False, False, True, False]
+
+
+def test_marked_lines_are_filled(tmp_path: Path, run: reruns.Run) -> None:
+    (tmp_path / "records").mkdir()
+    page = tmp_path / "page.md"
+    page.write_text("Before\n\n% generated: pages\n\n% generated: api schedules\n\nAfter\n")
+    build.fill(tmp_path, [run])
+    text = page.read_text()
+    assert "## [A page](small.ipynb)" in text and "### `Exponential`" in text
+    assert "generated" not in text and text.startswith("Before") and text.endswith("After\n")
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem[-16:])
+def test_command_of_a_record_makes_that_record(path: Path) -> None:
+    config = load(path).config
+    given = vars(parser().parse_args(shlex.split(reruns.shell(config))[1:]))
+    settings = {name: given[name] for name in given if name in reruns.SETTINGS}
+    assert address(Config(**settings).settings()) == address(config)
+
+
+def test_expected_results_are_over_seeds_alone(tmp_path: Path) -> None:
+    def put(top1: float, **changed: Any) -> None:
+        config = Config(profile="laptop", **changed).settings()
+        row = {"kind": "train", "top1": top1}
+        save(Record(config, [row], {"dataset": {"source": "files"}}), tmp_path)
+
+    put(60.0, sparsity=0.5)
+    put(62.0, sparsity=0.5, seed=1)
+    put(70.0, sparsity=0.9)
+    rows = reruns.expected(tmp_path).splitlines()[2:]
+    assert rows == [
+        "| `swdlib run --profile laptop --recipe swd` | cifar10, files | 1 | 70.00 | – |",
+        "| `swdlib run --profile laptop --recipe swd --sparsity 0.5` | cifar10, files | 2 | 61.00 "
+        "| 60.00 to 62.00 |",
+    ]
+
+
+def test_records_of_trials_are_not_those_of_the_book(tmp_path: Path) -> None:
+    for profile in ("smoke", "laptop"):
+        config = Config(profile=profile).settings()
+        save(Record(config, [], {"dataset": {"source": "files"}}), tmp_path)
+    kept = path_of(Config(profile="laptop").settings(), tmp_path)
+    assert reruns.committed(tmp_path) == [kept]
+
+
+# Quizzes
+
+
+def test_answers_are_read_with_their_reasons() -> None:
+    lines = ["- [ ] 3", "  One too", "  many.", "", "- [x] 2", "  Yes."]
+    assert quiz.answers_in(lines) == [(False, "3", "One too many."), (True, "2", "Yes.")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "fault"),
+    [
+        (["- [ ] 3", "- [x] 2", "  Yes."], "an answer must say why, on the next line: '3'"),
+        (["* 3"], r"must begin with - \[ \] or - \[x\], not '\* 3'"),
+        (["  Yes."], "must begin with"),
+    ],
+)
+def test_faulty_quiz_is_refused(lines: list[str], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        quiz.answers_in(lines)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_chapter_has_questions_to_check_oneself(name: str) -> None:
+    cells = nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert text.count("\n:::{quiz} ") >= 3
+
+
+# Buttons, words and works
+
+
+def test_buttons_come_and_go_with_the_address_of_the_repository() -> None:
+    options: dict[str, Any] = {"repository_url": ""}
+    repository.set_buttons(options)
+    assert not any(options[name] for name in (*repository.BUTTONS, "launch_buttons"))
+    options["repository_url"] = "https://example.org/book"
+    repository.set_buttons(options)
+    assert all(options[name] for name in (*repository.BUTTONS, "launch_buttons"))
+
+
+@pytest.mark.slow
+def test_buttons_lead_to_the_repository(tmp_path: Path) -> None:
+    shown = nbformat.v4.new_output("stream", name="stdout", text="1\n")
+    ran = code("print(1)", count=1, outputs=[shown])
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    stored(stage, nbformat.v4.new_markdown_cell("# A page"), ran).rename(stage / "page.ipynb")
+    (stage / "_toc.yml").write_text("format: jb-book\nroot: page\n")
+    (stage / "references.bib").write_text("")
+    config = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
+    config["repository"]["url"] = "https://github.com/someone/book"
+    config["html"].pop("favicon")
+    folders = config["sphinx"]["local_extensions"]
+    config["sphinx"]["local_extensions"] = {name: str(ROOT / folders[name]) for name in folders}
+    (tmp_path / "_config.yml").write_text(yaml.safe_dump(config))
+    page = build.make_pages(stage, tmp_path / "_config.yml", tmp_path).with_name("page.html")
+    text = page.read_text("utf-8")
+    where = "someone/book/blob/main/book/page.ipynb"
+    assert f"https://colab.research.google.com/github/{where}" in text
+    assert "https://mybinder.org/v2/gh/someone/book/main" in text
+    assert "https://github.com/someone/book/edit/main/book/page.ipynb" in text
+    assert "https://github.com/someone/book/issues/new" in text
+
+
+def test_words_are_spelt_right() -> None:
+    places = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "book", "swdlib"]
+    left_out = "*/records/*,*/grids/*,*/measurements/*,*.pyc"
+    options = ["--ignore-words-list", "arange,ser", "--skip", left_out]
+    command = [sys.executable, "-m", "codespell_lib", *options, *places]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_every_work_that_is_cited_by_number_is_in_the_bibliography() -> None:
+    works = (build.BOOK / "references.bib").read_text("utf-8")
+    pages = [*build.BOOK.glob("*.md"), *build.BOOK.glob("*.ipynb"), ROOT / "README.md"]
+    for path in [*pages, *(ROOT / "swdlib").glob("*.py")]:
+        numbers = re.findall(r"(?i)\barxiv[ .:]\D{0,12}(\d{4}\.\d{5})", path.read_text("utf-8"))
+        assert not {n for n in numbers if n not in works}, path.name
