@@ -99,10 +99,13 @@ def test_a_command_that_is_stopped_says_how_to_go_on(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "run_alone", lambda *a, **o: os.kill(os.getpid(), number))
+    # A shell's background job ignores Ctrl-C, and so would these tests in one.
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="goes on from the last checkpoint"):
         cli.main(["run"])
     assert signal.getsignal(signal.SIGTERM) == before
+    signal.signal(signal.SIGINT, given)
 
 
 def test_a_dry_run_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
