@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,28 @@ def nothing() -> None:
 
 def medians(functions: Mapping[str, Timed], rounds: int) -> dict[str, float]:
     """Milliseconds that each takes: all in turns, the median of some rounds."""
-    taken: dict[str, list[float]] = {name: [] for name in functions}
+
+    def timed(before: Callable[[], object], function: Callable[[], Any]) -> float:
+        before()
+        return milliseconds(function)
+
+    return in_turns({name: partial(timed, *both) for name, both in functions.items()}, rounds)
+
+
+def milliseconds(function: Callable[[], Any], now: Callable[[], float] = clock) -> float:
+    """What a call takes."""
+    start = now()
+    function()
+    return 1e3 * (now() - start)
+
+
+def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median of what each measures in some rounds, in which all have their turn."""
+    taken: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(rounds):
-        for name, (before, function) in functions.items():
-            before()
-            start = clock()
-            function()
-            taken[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
+        for name, measure in measures.items():
+            taken[name].append(measure())
+    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def with_gradients(model: nn.Module) -> nn.Module:
@@ -263,11 +278,9 @@ def training(rounds: int) -> list[Row]:
         "ours": lambda: data.train_batches(128, seed=0, epoch=0),
         "plain": lambda: plain_loader(data.train, True, 128),
     }
-    taken: dict[str, list[float]] = {name: [] for name in sources}
-    for _ in range(max(2, rounds // 5)):
-        for name, batches in sources.items():
-            taken[name].append(a_step(batches(), learn))
-    ours, plain = (statistics.median(taken[name]) for name in sources)
+    few = max(2, rounds // 5)
+    steps = {name: partial(a_step, batches, learn) for name, batches in sources.items()}
+    ours, plain = in_turns(steps, few).values()
     batch = iter(sources["ours"]())
     step = joined(model)
     small = {"data": (nothing, lambda: next(batch)), "penalty": (moving(model), step)}
@@ -278,18 +291,22 @@ def training(rounds: int) -> list[Row]:
         row("share of a step that selects and updates", 100 * parts["penalty"] / ours, "%", 1),
         row("share of a step that makes the batch", 100 * parts["data"] / ours, "%", 3),
         row("plain way to ours, an epoch of training", plain / ours, "x", least=1.3),
-        *evaluation(model, data, max(2, rounds // 5)),
+        *evaluation(model, data, few),
     ]
 
 
-def a_step(batches: Any, learn: Callable[[Tensor, Tensor], None], count: int = 6) -> float:
+def a_step(
+    source: Callable[[], Any], learn: Callable[[Tensor, Tensor], None], count: int = 6
+) -> float:
     """Milliseconds of a step with its batch, once the first is done and workers are there."""
-    batches = iter(batches)
+    batches = iter(source())
     learn(*next(batches))
-    start = clock()
-    for _ in range(count):
-        learn(*next(batches))
-    return 1e3 * (clock() - start) / count
+
+    def several() -> None:
+        for _ in range(count):
+            learn(*next(batches))
+
+    return milliseconds(several) / count
 
 
 def evaluation(model: nn.Module, data: Images, rounds: int) -> list[Row]:
@@ -303,13 +320,12 @@ def evaluation(model: nn.Module, data: Images, rounds: int) -> list[Row]:
             correct += (model(images).argmax(1) == labels).sum().item()
         return correct / len(data.test)
 
-    taken: dict[str, list[float]] = {"ours": [], "plain": []}
-    for _ in range(rounds):
-        for name, function in (("ours", lambda: evaluate(model, data)), ("plain", plain)):
-            start = time.perf_counter()  # workers' time counts
-            function()
-            taken[name].append(time.perf_counter() - start)
-    ratio = statistics.median(taken["plain"]) / statistics.median(taken["ours"])
+    ways = {"ours": lambda: evaluate(model, data), "plain": plain}
+    # By the wall's clock, since workers' time counts.
+    taken = in_turns(
+        {name: partial(milliseconds, way, time.perf_counter) for name, way in ways.items()}, rounds
+    )
+    ratio = taken["plain"] / taken["ours"]
     return [row("plain way to ours, evaluation of 2,000 images", ratio, "x", least=1.3)]
 
 

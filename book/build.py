@@ -125,12 +125,12 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], folder: Path
     The numbers behind its figures go to `data/<name>/` beside it. Raises ValueError for an unknown
     parameter, of which papermill only warns.
     """
-    known = parameters_of(source)
+    run = reruns.describe(source, parameters)
+    known = list(run.parameters)
     if unknown := sorted(set(parameters) - set(known)):
         allowed = ", ".join(known) or "none"
         raise ValueError(f"{source.name} has no parameter {', '.join(unknown)}; it has: {allowed}")
     print(f"Running {source.name} {parameters or ''}", flush=True)
-    run = reruns.describe(source, parameters)
     nbformat.write(probes.added(source), target)
     papermill.execute_notebook(
         str(target), str(target), parameters=parameters, cwd=str(folder), progress_bar=False

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from datetime import datetime, timezone
 from functools import partial
@@ -133,8 +134,14 @@ def provenance(data: AnyDataset) -> dict[str, Any]:
 
 def code_digest() -> str:
     """Twelve hexadecimal digits that stand for the library's code that decides a result."""
+    paths = Path(__file__).parent.glob("*.py")
+    return digest_of({path.name: path.read_bytes() for path in paths}, UNDECIDING)
+
+
+def digest_of(files: Mapping[str, bytes], undeciding: Collection[str]) -> str:
+    """The digest of a library of these files, by name, without the modules `undeciding`."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in UNDECIDING:
-            digest.update(path.name.encode() + path.read_bytes())
+    for name in sorted(files):
+        if name.removesuffix(".py") not in undeciding:
+            digest.update(name.encode() + files[name])
     return digest.hexdigest()[:12]

@@ -1,14 +1,13 @@
 """History: which commit of this repository a record's code was."""
 
 import ast
-import hashlib
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from swdlib.experiments import code_digest
+from swdlib import experiments
 from swdlib.records import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +33,7 @@ def code_of(record: Record) -> str:
     no commit. Without the repository's history, "not current, history unknown".
     """
     digest = record.provenance.get("code", {}).get("digest")
-    if digest == code_digest():
+    if digest == experiments.code_digest():
         return "current"
     try:
         found = next((commit for commit in commits() if commit.digest == digest), None)
@@ -63,17 +62,12 @@ def commits(root: Path = ROOT) -> tuple[Commit, ...]:
 
 def digest_of(files: dict[str, bytes]) -> str:
     """What `code_digest` gives for a library of these modules."""
-    undeciding = _undeciding(files.get("experiments.py", b""))
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        if name.removesuffix(".py") not in undeciding:
-            digest.update(name.encode() + files[name])
-    return digest.hexdigest()[:12]
+    return experiments.digest_of(files, _undeciding(files.get("experiments.py", b"")))
 
 
-def _undeciding(experiments: bytes) -> set[str]:
+def _undeciding(source: bytes) -> set[str]:
     """The modules that a version of `experiments` leaves out, read without running it."""
-    assigned = (n for n in ast.walk(ast.parse(experiments)) if isinstance(n, ast.Assign))
+    assigned = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assign))
     for node in assigned:
         if ast.unparse(node.targets[0]).upper() == "UNDECIDING":
             names = (leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swdlib.allocations import Allocation, together
 from swdlib.criteria import Criterion, magnitude
+from swdlib.selection import places_around
 from swdlib.structures import Coupled, Group, NofM, Structure
 
 Masks = dict[str, Tensor]
@@ -158,12 +159,9 @@ def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 def _bracket(flat: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Two scores between which the `count`-th lowest lies, almost surely: four deviations off."""
+    """Two scores between which the `count`-th lowest lies, almost surely."""
     sample = flat[:: math.ceil(len(flat) ** (1 / 3))].sort().values
-    last = len(sample) - 1
-    share = count / len(flat)
-    margin = 4 * math.sqrt(len(sample) * share * (1 - share)) + 1
-    low, high = (min(max(round(share * last + m), 0), last) for m in (-margin, margin))
+    low, high = places_around(count / len(flat), len(sample))
     return sample[low], sample[high]
 
 

@@ -206,10 +206,18 @@ def _bracket(tensors: Sequence[Tensor], count: int) -> tuple[float, float]:
         parts.append(_flat(tensor)[-seen % stride :: stride])
         seen += tensor.numel()
     sample = np.sort(torch.cat(parts).abs().to(_precision(parts[0])).numpy())
-    last, share = len(sample) - 1, count / total
-    margin = 4 * math.sqrt(len(sample) * share * (1 - share)) + 1
-    low, high = (min(max(round(share * last + m), 0), last) for m in (-margin, margin))
+    low, high = places_around(count / total, len(sample))
     return float(sample[low]), float(sample[high])
+
+
+def places_around(share: float, size: int) -> tuple[int, int]:
+    """Two places in a sorted sample of `size`, almost surely around what has `share` below it.
+
+    They are four deviations off.
+    """
+    margin = 4 * math.sqrt(size * share * (1 - share)) + 1
+    low, high = (min(max(round(share * (size - 1) + m), 0), size - 1) for m in (-margin, margin))
+    return low, high
 
 
 def _rank(tensors: Sequence[Tensor], between: np.ndarray, count: int) -> Lowest:

@@ -120,73 +120,70 @@ def test_experiment_runs_with_other_parameters_from_any_folder(
     assert list((tmp_path / "records" / "smoke").glob("digits-*.json"))
 
 
-@pytest.mark.slow
-def test_pruning_runs_with_other_parameters(tmp_path: Path) -> None:
-    found = rerun("what-is-pruning", tmp_path, seed=1, epochs=2)
-    assert "test images are classified correctly" in printed(found)
+RERUNS: list[tuple[str, dict[str, Any], str]] = [
+    ("what-is-pruning", {"seed": 1, "epochs": 2}, "test images are classified correctly"),
+    (
+        "swd-from-scratch",
+        {"epochs": 2, "sparsity": 0.5, "a_max": 1e3},
+        "The losses of all 46 steps are the same",
+    ),
+    (
+        "lagrangian-smoothing",
+        {"seed": 3, "epochs": 3, "sparsity": 0.3, "a_max": 1e4},
+        "Loss at the end of the path: 0.233",
+    ),
+    (
+        "schedules",
+        {"seed": 5, "epochs": 2, "width": 8, "sparsity": 0.8, "a_max": 1e3},
+        "287 held-out images; 3 seeds",
+    ),
+    (
+        "what-goes-wrong",
+        {"seed": 4, "epochs": 3, "width": 16},
+        "select(..., 0.5): 5 of 10 removed",
+    ),
+    (
+        "magnitude-and-its-cliff",
+        {"seed": 2, "sparsity": 0.5, "epochs": 2, "finetune_epochs": 1, "width": 4},
+        "on 287 held-out images; 1 epochs of tuning",
+    ),
+    (
+        "where-zeros-come-from",
+        {"seed": 2, "epochs": 2, "width": 8, "sparsity": 0.5},
+        "on 287 held-out images; the cut takes 50%",
+    ),
+    (
+        "what-moves",
+        {"seed": 2, "epochs": 4, "width": 16, "sparsity": 0.8},
+        "1,440 weights, of which 1,152 are selected; 18 steps an epoch",
+    ),
+    (
+        "baselines-side-by-side",
+        {
+            **{"seed": 2, "sparsity": 0.5, "seeds": 2, "epochs": 3},
+            **{"finetune_epochs": 2, "iterations": 2, "width": 8},
+        },
+        "on 287 held-out images, 2 seeds, 3 epochs",
+    ),
+    (
+        "any-structure",
+        {"seed": 2, "epochs": 2, "width": 8, "sparsity": 0.3, "levels": [0.4]},
+        "12 bundles of filters in 21 convolutions",
+    ),
+    (
+        "any-network",
+        {"seed": 2, "sparsity": 0.5, "epochs": 1, "width": 16, "head_sparsity": 0.05},
+        "Bits per letter, 50% of the weights removed",
+    ),
+]
 
 
 @pytest.mark.slow
-def test_by_hand_and_by_library_agree_with_other_parameters(tmp_path: Path) -> None:
-    found = rerun("swd-from-scratch", tmp_path, epochs=2, sparsity=0.5, a_max=1e3)
-    assert "The losses of all 46 steps are the same" in printed(found)
-
-
-@pytest.mark.slow
-def test_theory_holds_with_other_parameters(tmp_path: Path) -> None:
-    found = rerun("lagrangian-smoothing", tmp_path, seed=3, epochs=3, sparsity=0.3, a_max=1e4)
-    assert "Loss at the end of the path: 0.233" in printed(found)
-
-
-@pytest.mark.slow
-def test_schedules_run_with_other_parameters(tmp_path: Path) -> None:
-    found = rerun("schedules", tmp_path, seed=5, epochs=2, width=8, sparsity=0.8, a_max=1e3)
-    assert "287 held-out images; 3 seeds" in printed(found)
-
-
-@pytest.mark.slow
-def test_failures_come_with_other_parameters(tmp_path: Path) -> None:
-    found = rerun("what-goes-wrong", tmp_path, seed=4, epochs=3, width=16)
-    assert "select(..., 0.5): 5 of 10 removed" in printed(found)
-
-
-@pytest.mark.slow
-def test_cuts_are_measured_with_other_parameters(tmp_path: Path) -> None:
-    few = {"epochs": 2, "finetune_epochs": 1, "width": 4}
-    found = rerun("magnitude-and-its-cliff", tmp_path, seed=2, sparsity=0.5, **few)
-    assert "on 287 held-out images; 1 epochs of tuning" in printed(found)
-
-
-@pytest.mark.slow
-def test_zeros_are_counted_with_other_parameters(tmp_path: Path) -> None:
-    found = rerun("where-zeros-come-from", tmp_path, seed=2, epochs=2, width=8, sparsity=0.5)
-    assert "on 287 held-out images; the cut takes 50%" in printed(found)
-
-
-@pytest.mark.slow
-def test_what_moves_is_watched_with_other_parameters(tmp_path: Path) -> None:
-    found = rerun("what-moves", tmp_path, seed=2, epochs=4, width=16, sparsity=0.8)
-    assert "1,440 weights, of which 1,152 are selected; 18 steps an epoch" in printed(found)
-
-
-@pytest.mark.slow
-def test_methods_are_compared_with_other_parameters(tmp_path: Path) -> None:
-    few = {"seeds": 2, "epochs": 3, "finetune_epochs": 2, "iterations": 2, "width": 8}
-    found = rerun("baselines-side-by-side", tmp_path, seed=2, sparsity=0.5, **few)
-    assert "on 287 held-out images, 2 seeds, 3 epochs" in printed(found)
-
-
-@pytest.mark.slow
-def test_structures_are_compared_with_other_parameters(tmp_path: Path) -> None:
-    found = rerun("any-structure", tmp_path, seed=2, epochs=2, width=8, sparsity=0.3, levels=[0.4])
-    assert "12 bundles of filters in 21 convolutions" in printed(found)
-
-
-@pytest.mark.slow
-def test_other_networks_are_pruned_with_other_parameters(tmp_path: Path) -> None:
-    few = {"epochs": 1, "width": 16, "head_sparsity": 0.05}
-    found = rerun("any-network", tmp_path, seed=2, sparsity=0.5, **few)
-    assert "Bits per letter, 50% of the weights removed" in printed(found)
+@pytest.mark.parametrize(("name", "parameters", "expected"), RERUNS)
+def test_page_runs_with_other_parameters(
+    name: str, parameters: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    assert expected in printed(rerun(name, tmp_path, **parameters))
 
 
 @pytest.mark.slow
