@@ -22,6 +22,7 @@ from swdlib.masks import (
     select_units,
 )
 from swdlib.movement import Movement, check_units
+from swdlib.penalties import SelectiveWeightDecay
 from swdlib.schedules import Schedule, as_schedule, check_not_negative
 from swdlib.structures import Coupled, Group, Structure, weights
 
@@ -116,6 +117,39 @@ class GradualPruning(joins.Joined):
             check_units(self.groups, units)
         self.step, self.masks = state["step"], masks
         self._chosen, self._movement.units = list(state["chosen"]), list(state["reported"])
+
+
+class RareSelection(SelectiveWeightDecay):
+    """SWD that chooses w* anew only every `every` steps and penalises the same weights between.
+
+    What is done to save the cost of choosing; beside SWD, which chooses at every step, it shows
+    what that loses.
+    """
+
+    def __init__(self, model: nn.Module, *, every: int, **arguments: Any) -> None:
+        super().__init__(model, **arguments)
+        self.every = _count("every", every)
+        self._held: list[Tensor] = []
+
+    def _units(self) -> list[Tensor]:
+        if self.step % self.every == 0 or not self._held:
+            self._held = super()._units()
+        return self._held
+
+    def _by_magnitude(self) -> None:
+        return None  # the fast way keeps no units
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: also the units that are penalised now."""
+        return {**super().state_dict(), "held": list(self._held)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; ValueError if it does not fit this penalty or model."""
+        own = {name: value for name, value in state.items() if name != "held"}
+        held = state.get("held", [])
+        check_units(self.groups, held)
+        super().load_state_dict(own)
+        self._held = list(held)
 
 
 def _own_weights(group: Group) -> Group:

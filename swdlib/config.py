@@ -15,7 +15,7 @@ from swdlib.data import DATASETS
 from swdlib.devices import Precision, check_tracker
 from swdlib.models import MODELS
 from swdlib.penalties import Update
-from swdlib.recipes import RECIPES, Phase, ranked
+from swdlib.recipes import RECIPES, Growth, Phase, ranked
 from swdlib.schedules import Cosine, Piecewise, Schedule, Steps
 from swdlib.structures import STRUCTURES
 
@@ -122,6 +122,8 @@ class Config:
     a: float = _setting(BY_RECIPE, "strength of SWD where it is constant")
     a_min: float = _setting(BY_RECIPE, "strength of SWD at the start")
     a_max: float = _setting(BY_RECIPE, "strength of SWD at the end")
+    growth: str = _setting(BY_RECIPE, "how the strength of SWD grows", *get_args(Growth))
+    growth_end: float = _setting(BY_RECIPE, "share of training when it is at its highest")
     update: str = _setting(BY_RECIPE, "how SWD acts", *get_args(Update))
     ramp_begin: float = _setting(BY_RECIPE, "share of training when the sparsity starts to rise")
     ramp_end: float = _setting(BY_RECIPE, "share of training when the sparsity is reached")

@@ -8,18 +8,20 @@ budget, fine-tuning included, so that methods given the same number have cost th
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
 from swdlib.allocations import Allocation, together
-from swdlib.baselines import BatchNormL1, GradualPruning
+from swdlib.baselines import BatchNormL1, GradualPruning, RareSelection
 from swdlib.criteria import Criterion, Random, batch_norm_scale, magnitude
 from swdlib.masks import Masks, check_sparsity
 from swdlib.penalties import SelectiveWeightDecay, Update
-from swdlib.schedules import Constant, Cubic, Exponential, Schedule
+from swdlib.schedules import Constant, Cosine, Cubic, Exponential, Linear, Schedule
 from swdlib.structures import Structure
+
+Growth = Literal["exponential", "linear", "cosine", "cubic", "per_step"]
 
 
 class Penalty(Protocol):
@@ -82,12 +84,15 @@ def swd(
     a_min: float = 0.1,
     a_max: float = 1e5,
     update: Update = "gradient",
+    growth: Growth = "exponential",
+    growth_end: float = 1.0,
 ) -> list[Phase]:
     """Selective weight decay, then a cut that changes nothing (Tessier et al. 2022).
 
-    Source: arXiv 2011.10520.
+    The strength grows from `a_min` to `a_max` until the share `growth_end` of training, as `growth`
+    says (see `growing`). Source: arXiv 2011.10520.
     """
-    strength = Exponential(a_min, a_max)
+    strength = growing(growth, a_min, a_max, growth_end, lr)
     penalty = _swd_penalty(sparsity, structure, weight_decay, strength, update)
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
 
@@ -120,10 +125,30 @@ def swd_rising(
     ramp_begin: float = 0.1,
     ramp_end: float = 0.7,
     update: Update = "gradient",
+    growth: Growth = "exponential",
+    growth_end: float = 1.0,
 ) -> list[Phase]:
     """SWD whose target rises as in `zhu2017` while its strength grows: this book's own variant."""
     target = _rising(sparsity, ramp_begin, ramp_end)
-    penalty = _swd_penalty(target, structure, weight_decay, Exponential(a_min, a_max), update)
+    strength = growing(growth, a_min, a_max, growth_end, lr)
+    penalty = _swd_penalty(target, structure, weight_decay, strength, update)
+    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def swd_every(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    weight_decay: float = 5e-4,
+    a_min: float = 0.1,
+    a_max: float = 1e5,
+    every: int = 100,
+    update: Update = "gradient",
+) -> list[Phase]:
+    """SWD that chooses w* anew every `every` steps only: what is lost if the choice is saved."""
+    strength = Exponential(a_min, a_max)
+    penalty = _swd_penalty(sparsity, structure, weight_decay, strength, update, every)
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
 
 
@@ -288,15 +313,32 @@ def ranked(
     return [changed(phase) for phase in phases] if given else phases
 
 
+def growing(growth: Growth, a_min: float, a_max: float, end: float, lr: Schedule) -> Schedule:
+    """The strength of SWD, from `a_min` at the start to `a_max` at the share `end` of training.
+
+    By a constant factor a step ("exponential", as published), along a line, half a cosine or a
+    cubic; or so that not a but a times the learning rate, which is what a step takes off a weight,
+    rises by a constant factor ("per_step"). ValueError if `end` is not in (0, 1].
+    """
+    if not 0 < end <= 1:
+        raise ValueError(f"growth_end must be above 0 and at most 1, not {end!r}")
+    shapes = {"exponential": Exponential, "linear": Linear, "cosine": Cosine, "cubic": Cubic}
+    if growth != "per_step":
+        return shapes[growth](a_min, a_max, finish=end)
+    taken = Exponential(a_min * lr(0.0), a_max * lr(end), finish=end)
+    return lambda progress: taken(progress) / lr(min(progress, end))
+
+
 def _swd_penalty(
     sparsity: float | Schedule,
     structure: Structure,
     weight_decay: float,
     strength: Schedule,
     update: Update,
+    every: int = 1,
 ) -> Callable[..., Penalty]:
     return partial(
-        SelectiveWeightDecay,
+        SelectiveWeightDecay if every == 1 else partial(RareSelection, every=every),
         sparsity=sparsity,
         structure=structure,
         weight_decay=weight_decay,
@@ -347,7 +389,7 @@ def _check_finetuning(epochs: int, finetune_epochs: int, iterations: int = 1) ->
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
-        *(dense, swd, swd_constant, swd_rising, swd_finetune),
+        *(dense, swd, swd_constant, swd_rising, swd_every, swd_finetune),
         *(one_shot, random_pruning, han2015, renda2020, zhu2017, liu2017, soft),
     )
 }

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # Where and how a run is done, not what: the same result is expected with any of these.
 NOT_ADDRESSED = ("data_root", "device", "tracker")
 
+# Settings that came later, and how runs were done before: with these, they are the same runs still.
+AS_BEFORE = {"growth": "exponential", "growth_end": 1.0}
+
 # A row's histogram of the weights counts log10 |w| in equal bins, from 1e-12 to 10: wide enough for
 # what a strong penalty leaves of a weight.
 HISTOGRAM_RANGE = (-12.0, 1.0)
@@ -55,10 +58,12 @@ class Record:
 def address(config: dict[str, Any]) -> str:
     """Sixteen hexadecimal digits that stand for the configuration.
 
-    A setting that is None does not count: the address stays as it was when settings are added that
-    a run does not use.
+    A setting that is None or `AS_BEFORE` does not count: the address stays as it was when settings
+    are added that a run does not use, or that it could not choose.
     """
-    addressed = {k: v for k, v in config.items() if k not in NOT_ADDRESSED and v is not None}
+    without = {**dict.fromkeys(config), **AS_BEFORE}
+    counted = {k: v for k, v in config.items() if v is not None and v != without[k]}
+    addressed = {k: v for k, v in counted.items() if k not in NOT_ADDRESSED}
     text = json.dumps(addressed, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

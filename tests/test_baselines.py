@@ -1,6 +1,7 @@
 """What the baselines attach to an optimizer: hand-computed steps, exactness, state."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW
 
-from swdlib.baselines import BatchNormL1, GradualPruning
+from swdlib.baselines import BatchNormL1, GradualPruning, RareSelection
 from swdlib.criteria import Random
 from swdlib.masks import sparsity_of
+from swdlib.penalties import SelectiveWeightDecay
 from swdlib.schedules import Cubic, Linear
 from swdlib.structures import filters, kernels, weights
 
@@ -375,3 +377,55 @@ def test_a_network_without_scales_is_refused() -> None:
 def test_a_structure_without_scales_is_refused_before_training() -> None:
     with pytest.raises(ValueError, match="use a structure whose units have scales"):
         BatchNormL1(normed(), structure=weights)
+
+
+@torch.no_grad()
+def test_what_is_chosen_rarely_is_penalised_until_the_next_choice() -> None:
+    model = four_weights()
+    penalty = RareSelection(
+        model, every=2, sparsity=0.5, steps=4, weight_decay=0.1, strength=1.0, update="proximal"
+    )
+    optimizer = SGD(model.parameters(), lr=10.0)
+    penalty.attach(optimizer)
+    model.weight.grad = torch.zeros(1, 4)
+    optimizer.step()
+    assert model.weight.tolist() == [[0.5, 1.0, 3.0, 4.0]]
+    model.weight.copy_(torch.tensor([[8.0, 6.0, 1.0, 3.0]]))
+    optimizer.step()  # the same two, which are now the largest
+    assert model.weight.tolist() == [[4.0, 3.0, 1.0, 3.0]]
+    optimizer.step()  # chosen anew; of equal ones the first
+    assert model.weight.tolist() == [[4.0, 1.5, 0.5, 3.0]]
+
+
+def test_chosen_at_every_step_it_is_swd_itself() -> None:
+    found = []
+    makers: tuple[Any, ...] = (partial(RareSelection, every=1), SelectiveWeightDecay)
+    for make in makers:
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8)
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        make(model, sparsity=0.6, steps=9, strength=50.0).attach(optimizer)
+        for _ in range(9):
+            model(torch.randn(4, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(model.weight.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_a_rare_choice_survives_a_stop_and_what_does_not_fit_is_refused() -> None:
+    model = nn.Linear(4, 2, bias=False)
+    settings: dict[str, Any] = {"every": 5, "sparsity": 0.5, "steps": 10}
+    penalty = RareSelection(model, **settings)
+    chosen = penalty.report()["selected"]
+    penalty.advance()
+    with torch.no_grad():
+        model.weight.neg_().add_(1.0)
+    resumed = RareSelection(model, **settings)
+    resumed.load_state_dict(penalty.state_dict())
+    assert resumed.step == 1 and resumed.report()["left"] == 0
+    assert resumed.report()["selected"] == chosen == 4
+    with pytest.raises(ValueError, match="units must have shapes"):
+        resumed.load_state_dict({**penalty.state_dict(), "held": [torch.ones(3).bool()]})
+    with pytest.raises(ValueError, match="every must be a whole number of at least 1, not 0"):
+        RareSelection(model, **{**settings, "every": 0})

@@ -126,6 +126,8 @@ def test_every_profile_runs_every_recipe(profile: str, recipe: str, structure: s
         ({"lr": 0.0}, "lr must be above 0, not 0.0"),
         ({"a_min": 0.0}, "a_min must be above 0, not 0.0"),
         ({"a": -1.0, "recipe": "swd_constant"}, "a must be above 0, not -1.0"),
+        ({"growth": "sudden"}, "growth must be one of exponential, linear, .*, not 'sudden'"),
+        ({"growth_end": 0.0}, "growth_end must be above 0 and at most 1, not 0.0"),
         ({"every": 0, "recipe": "zhu2017"}, "every must be at least 1, not 0"),
         ({"l1": -1e-4, "recipe": "liu2017"}, "l1 must be 0 or more, not -0.0001"),
         ({"ramp_end": 1.5, "recipe": "zhu2017"}, r"ramp_end must be in \[0, 1\], not 1.5"),
@@ -149,6 +151,13 @@ def test_equal_settings_have_one_address() -> None:
     assert address(data_root="/somewhere", device="cpu") == address()
 
 
+def test_settings_that_came_later_leave_the_addresses_of_earlier_runs() -> None:
+    earlier = {n: v for n, v in Config().settings().items() if n not in ("growth", "growth_end")}
+    assert records.address(earlier) == address()
+    others = [address(growth="linear"), address(growth_end=0.8)]
+    assert len({address(), *others}) == 3
+
+
 def test_settings_that_a_recipe_does_not_use_do_not_tell_runs_apart() -> None:
     assert address(recipe="dense", sparsity=0.5, a_max=10.0) == address(recipe="dense")
     assert address(recipe="han2015", a_max=10.0) == address(recipe="han2015")
@@ -158,17 +167,19 @@ def test_settings_that_a_recipe_does_not_use_do_not_tell_runs_apart() -> None:
 
 
 def test_what_is_not_given_comes_from_the_recipe() -> None:
-    names = ("a", "a_min", "a_max", "update", "ramp_begin", "ramp_end", "every", "l1")
+    names = ["a", "a_min", "a_max", "update", "ramp_begin", "ramp_end", "every", "l1"]
+    names += ["growth", "growth_end"]
 
     def defaults(recipe: str) -> dict[str, Any]:
         config = Config(recipe=recipe)
         return {n: getattr(config, n) for n in names if getattr(config, n) is not None}
 
     assert defaults("dense") == defaults("soft") == {}
-    assert defaults("swd") == {"a_min": 0.1, "a_max": 1e5, "update": "gradient"}
+    as_published = {"update": "gradient", "growth": "exponential", "growth_end": 1.0}
+    assert defaults("swd") == {"a_min": 0.1, "a_max": 1e5, **as_published}
     assert defaults("swd_constant") == {"a": 100.0, "update": "gradient"}
-    rising = {"a_min": 10.0, "a_max": 5e4, "ramp_begin": 0.1, "ramp_end": 0.7, "update": "gradient"}
-    assert defaults("swd_rising") == rising
+    ramp = {"ramp_begin": 0.1, "ramp_end": 0.7}
+    assert defaults("swd_rising") == {"a_min": 10.0, "a_max": 5e4, **ramp, **as_published}
     assert defaults("zhu2017") == {"ramp_begin": 0.2, "ramp_end": 0.7, "every": 100}
     assert defaults("liu2017") == {"l1": 1e-4}
     assert Config(recipe="swd_rising", a_min=1.0).a_min == 1.0

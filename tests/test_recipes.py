@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
-from swdlib.baselines import BatchNormL1, GradualPruning
+from swdlib.baselines import BatchNormL1, GradualPruning, RareSelection
 from swdlib.criteria import Random, batch_norm_scale
 from swdlib.data import load_data
 from swdlib.images import Dataset, Split
@@ -31,6 +31,7 @@ from swdlib.recipes import (
     Recipe,
     Train,
     dense,
+    growing,
     han2015,
     liu2017,
     one_shot,
@@ -39,11 +40,12 @@ from swdlib.recipes import (
     soft,
     swd,
     swd_constant,
+    swd_every,
     swd_finetune,
     swd_rising,
     zhu2017,
 )
-from swdlib.schedules import Constant, Cosine, Exponential
+from swdlib.schedules import Constant, Cosine, Cubic, Exponential, Linear
 from swdlib.structures import STRUCTURES, filters, kernels, weights
 from swdlib.training import train
 from tests.test_training import assert_resumes
@@ -183,6 +185,41 @@ def test_swd_whose_target_rises() -> None:
     assert targets == pytest.approx([0, 0, 0.9 * (1 - 0.5**3), 0.9, 0.9])
     assert strengths == pytest.approx([100**t for t in (0, 0.1, 0.4, 0.7, 1)])
     assert prune == Prune(0.9, weights)
+
+
+def test_growths_by_hand() -> None:
+    shapes: dict[Any, Any] = {"exponential": Exponential, "linear": Linear}
+    shapes |= {"cosine": Cosine, "cubic": Cubic}
+    for name, shape in shapes.items():
+        assert growing(name, 2.0, 8.0, 0.5, LR) == shape(2.0, 8.0, 0.0, 0.5)
+    lr = Linear(0.4, 0.1)
+    strength = growing("per_step", 2.0, 8.0, 0.5, lr)
+    # What a step takes, a times the rate, goes from 2 * 0.4 to 8 * 0.25, half-way its square root.
+    assert [strength(t) for t in (0, 0.25, 0.5, 1)] == pytest.approx(
+        [2.0, math.sqrt(0.8 * 2.0) / 0.325, 8.0, 8.0]
+    )
+
+
+@pytest.mark.parametrize("recipe", [swd, swd_rising])
+def test_swd_that_grows_otherwise(recipe: Recipe) -> None:
+    settings = {"a_min": 2.0, "a_max": 8.0, "growth": "linear", "growth_end": 0.5}
+    penalty = penalty_of(phases_of(recipe, **settings)[0], nn.Linear(4, 5))
+    found = []
+    for penalty.step in (0, 6, 15, 30):
+        found.append(penalty.strength)
+    assert found == pytest.approx([2, 4.4, 8, 8])
+    for end in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"growth_end must be above 0 and .* not {end}"):
+            phases_of(recipe, growth_end=end)
+
+
+def test_swd_that_chooses_rarely() -> None:
+    train, prune = phases_of(swd_every, every=7)
+    penalty = penalty_of(train, nn.Linear(4, 5))
+    assert isinstance(penalty, RareSelection) and penalty.every == 7
+    assert prune == Prune(0.9, weights)
+    always = penalty_of(phases_of(swd_every, every=1)[0], nn.Linear(4, 5))
+    assert type(always) is SelectiveWeightDecay
 
 
 def test_swd_then_fine_tuning_at_the_last_rate() -> None:
