@@ -12,26 +12,32 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD
 
 from swdlib import records
 from swdlib.config import Config, phases_of
 from swdlib.data import AnyDataset, load_data
 from swdlib.devices import Tracker, find_device, is_main_process, main_process_first
+from swdlib.evaluation import evaluate
 from swdlib.files import write_whole
 from swdlib.masks import NotFinite
+from swdlib.metrics import count_macs, in_eval, latencies, parameters
 from swdlib.models import build_model
 from swdlib.records import Record
-from swdlib.training import Options, train
+from swdlib.shrinking import shrink
+from swdlib.training import Options, Row, train
 
 # Modules without which a run is the same to the bit: what shows results, or uses a network after.
 UNDECIDING = (
-    *("__init__", "attention", "audits", "checks", "claims"),
+    *("__init__", "audits", "checks", "claims"),
     *("cli", "deploy", "dryruns", "history", "imagenet"),
     *("interactive", "notebooks", "onnx_files", "places", "plots"),
-    *("shrinking", "sparse_files", "sparse_kernels", "sweeps"),
+    *("sparse_files", "sparse_kernels", "sweeps"),
 )
+
+# Structures whose units leave the network for good, so that it is measured once more without them.
+LEAVING = ("filters", "channels", "filters_and_channels")
 
 
 def run(
@@ -101,9 +107,29 @@ def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str
     try:
         example = next(data.test_batches(2))[0]
         rows = train(model, data, phases_of(config, example), **options)
+        if config.structure in LEAVING:
+            rows.append(_shrunk(model, data, example, rows[-1]))
     except NotFinite as error:
         return Record(settings, [], {**facts, "error": str(error)}, status="diverged")
     return Record(settings, rows, facts)
+
+
+def _shrunk(model: nn.Module, data: AnyDataset, example: Tensor, last: Row) -> Row:
+    """The row of the network that is left: measured again, and timed on one image, in turn."""
+    masks = {name: p.detach() != 0 for name, p in model.named_parameters()}
+    small, image = shrink(model, masks, example), example[:1]
+    with in_eval(model), in_eval(small), torch.inference_mode():
+        seconds = latencies({"dense": partial(model, image), "shrunk": partial(small, image)})
+    return {
+        **last,
+        "kind": "shrink",
+        **evaluate(small, data),
+        "parameters": parameters(small),
+        "macs": count_macs(small, image),
+        "dense_macs": count_macs(model, image),
+        "latency_ms": 1000 * seconds["shrunk"],
+        "dense_latency_ms": 1000 * seconds["dense"],
+    }
 
 
 def provenance(data: AnyDataset) -> dict[str, Any]:

@@ -65,6 +65,25 @@ def test_every_recipe_makes_a_record(recipe: str, structure: str, tmp_path: Path
         assert 0.5 <= final["sparsity"] < 0.6  # a filter of a network as small as this is large
 
 
+@pytest.mark.parametrize("structure", ["filters", "filters_and_channels"])
+def test_what_is_left_of_a_shrunk_network_is_measured_again(structure: str, tmp_path: Path) -> None:
+    """The last row is that of the smaller network, which computes what the masked one does."""
+    config = Config(recipe="one_shot", structure=structure, sparsity=0.7, epochs=2)
+    *_, masked, shrunk = run(config, tmp_path, progress=False).rows
+    assert (masked["kind"], shrunk["kind"]) == ("prune", "shrink")
+    same = ("parameters", "sparsity", "top1", "top5", "epoch", "step", "weights")
+    assert [shrunk[name] for name in same] == [masked[name] for name in same]
+    assert shrunk["loss"] == pytest.approx(masked["loss"], rel=1e-5)
+    assert shrunk["macs"] < shrunk["dense_macs"]
+    assert shrunk["latency_ms"] > 0 < shrunk["dense_latency_ms"]
+
+
+def test_a_network_that_stays_as_large_is_not_measured_again(tmp_path: Path) -> None:
+    kinds = [Config(recipe="one_shot", structure=s, **QUICK) for s in ("weights", "kernels")]
+    for config in [*kinds, Config(recipe="dense", structure="filters", **QUICK)]:
+        assert run(config, tmp_path, progress=False).final["kind"] != "shrink"
+
+
 def test_the_trained_network_lies_beside_its_record(tmp_path: Path) -> None:
     config = Config(sparsity=0.75, **QUICK)
     record = run(config, tmp_path, progress=False)

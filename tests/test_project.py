@@ -64,7 +64,7 @@ LAYERS: dict[str, set[str]] = {
     "evaluation": {"metrics"},
     "training": {"checkpoints", "devices", "recipes", "evaluation"},
     "config": {"data", "devices", "models", "recipes"},
-    "experiments": {"config", "training", "records"},
+    "experiments": {"config", "training", "records", "shrinking"},
     "dryruns": {"experiments"},
     "plots": {"records"},
     "interactive": {"plots"},
