@@ -60,11 +60,11 @@ class Audit:
 def audit_all(folder: Path, data_root: Path | None = None) -> Iterator[Audit]:
     """Audit every record below `folder`, one after the other."""
     for path in sorted(folder.rglob("*.json")):
-        yield audit(path, folder, data_root)
+        yield audit(path, data_root)
 
 
-def audit(path: Path, folder: Path, data_root: Path | None = None) -> Audit:
-    """Audit one record below `folder`.
+def audit(path: Path, data_root: Path | None = None) -> Audit:
+    """Audit one record.
 
     Figures are computed again if the trained network lies beside the record and its data is there:
     the digits, or what `data_root` holds. Nothing that is read can run code.
@@ -72,8 +72,8 @@ def audit(path: Path, folder: Path, data_root: Path | None = None) -> Audit:
     found = Audit(path)
     try:
         record = records.load(path)
-        if path != records.path_of(record.config, folder):
-            found.problems.append(f"it belongs at {records.path_of(record.config, folder)}")
+        if path != (home := records.path_of(record.config, path.parent.parent)):
+            found.problems.append(f"it belongs at {home}")
         found.problems += _rows(record)
         _code(record, found)
         data = _data(record, found, data_root)

@@ -36,13 +36,17 @@ def accuracy_over_epochs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Final Top-1 accuracy against the parameters that are left, a point a run."""
+    """Final Top-1 accuracy against the parameters that are left: a point a run, a line a method.
+
+    The line goes through the means of the runs that share a target.
+    """
     ax = _axes(ax, "parameters kept", "final Top-1 accuracy (%)")
     finals = rows.groupby("run", sort=False).tail(1)
-    names = finals.apply(name_of, axis=1)
-    for i, (name, runs) in enumerate(finals.groupby(names, sort=False)):
+    for i, (name, runs) in enumerate(finals.groupby(finals.apply(_method, axis=1), sort=False)):
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.plot(runs["parameters"], runs["top1"], ls="", markersize=8, label=name, **look)
+        means = runs.groupby("target_sparsity")[["parameters", "top1"]].mean()
+        ax.plot(means["parameters"], means["top1"], ls="-", lw=1.2, color=look["color"])
     ax.set_xscale("log")
     # Whole powers of ten: marks between them would be written over each other.
     low, high = np.log10(finals["parameters"].agg(["min", "max"]))
@@ -228,13 +232,30 @@ def kept_weights(
     return ax
 
 
+def pictures(images: Mapping[str, Any], ax: Axes | None = None, *, columns: int = 4) -> Axes:
+    """Pictures in rows of `columns`, each under its name: label -> (height, width, 3), 0 to 255."""
+    rows = -(-len(images) // columns)
+    ax = _axes(ax, "", "", rows=6 * rows)
+    ax.grid(visible=False)
+    for i, (label, pixels) in enumerate(images.items()):
+        height, width = np.shape(pixels)[:2]
+        left, top, side = 1.1 * (i % columns), 1.25 * (i // columns), max(height, width)
+        ax.imshow(pixels, extent=(left, left + width / side, top + height / side, top))
+        ax.text(left, top - 0.04, label, color=INK, va="bottom")
+    ax.set(xlim=(0, 1.1 * min(columns, len(images)) - 0.1), ylim=(1.25 * rows - 0.25, -0.25))
+    ax.set_axis_off()
+    return ax
+
+
 def name_of(row: "pd.Series[Any]") -> str:
-    """The name of a row's run: its recipe, target sparsity in percent and number of cuts."""
-    name = str(row["recipe"])
-    if row["target_sparsity"] > 0:
-        name += f" {100 * row['target_sparsity']:g} %"
+    """The name of a row's run: its recipe, number of cuts and target sparsity in percent."""
+    target = f" at {100 * row['target_sparsity']:g} %" if row["target_sparsity"] > 0 else ""
+    return _method(row) + target
+
+
+def _method(row: "pd.Series[Any]") -> str:
     cuts = row["iterations"] or 1  # None or NaN where the recipe has none
-    return f"{name}, {cuts:.0f} cuts" if cuts > 1 else name
+    return f"{row['recipe']}, {cuts:.0f} cuts" if cuts > 1 else str(row["recipe"])
 
 
 def _axes(ax: Axes | None, xlabel: str, ylabel: str, rows: int = 0) -> Axes:

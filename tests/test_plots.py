@@ -60,22 +60,39 @@ def test_accuracy_has_a_line_a_run_and_a_cross_a_cut() -> None:
     ax = plots.accuracy_over_epochs(ROWS)
     drawn = [points(line) for line in ax.lines]
     assert drawn == [[(1, 50), (2, 80)], [], [(1, 60), (1, 20), (2, 40)], [(1, 20)]]
-    assert legend(ax) == ["dense", "han2015 98 %, 4 cuts"]
+    assert legend(ax) == ["dense", "han2015, 4 cuts at 98 %"]
     assert "%" in ax.get_ylabel()
 
 
 def test_accuracy_against_kept_shows_the_last_row_of_each_run() -> None:
     ax = plots.accuracy_against_kept(ROWS)
-    assert [points(line) for line in ax.lines] == [[(1000, 80)], [(20, 40)]]
+    runs = [points(line) for line in ax.lines if line.get_marker() != "None"]
+    assert runs == [[(1000, 80)], [(20, 40)]]
     assert ax.get_xscale() == "log"
     assert ax.get_xlim() == (10, 10_000)
-    assert legend(ax) == ["dense", "han2015 98 %, 4 cuts"]
+    assert legend(ax) == ["dense", "han2015, 4 cuts"]
+
+
+def test_a_line_goes_through_the_means_of_runs_with_one_target() -> None:
+    rows = pd.DataFrame(
+        [
+            row(run, "swd", 1, top1, parameters=kept, target_sparsity=target)
+            for run, top1, kept, target in [
+                ("a", 70.0, 20, 0.98),
+                ("b", 74.0, 20, 0.98),
+                ("c", 80.0, 100, 0.9),
+            ]
+        ]
+    )
+    dots, line = plots.accuracy_against_kept(rows).lines
+    assert points(dots) == [(20, 70), (20, 74), (100, 80)]
+    assert points(line) == [(100, 80), (20, 72)]
 
 
 @pytest.mark.parametrize("none", [None, float("nan")])
 def test_recipe_without_iterations_has_a_plain_name(none: float | None) -> None:
     named = row("c", "swd", 1, 1.0, iterations=none)
-    assert plots.name_of(pd.Series(named)) == "swd 98 %"
+    assert plots.name_of(pd.Series(named)) == "swd at 98 %"
 
 
 def test_weights_are_counted_at_their_magnitude_and_zeros_in_the_label() -> None:
@@ -215,6 +232,16 @@ def test_kept_weights_are_drawn_side_by_side_under_their_labels() -> None:
     for text in [*ax.texts, *ax.get_yticklabels(), *ax.figure.axes[1].get_yticklabels()]:
         assert contrast(text.get_color(), 1.0) > 3.9
         assert contrast(text.get_color(), 0.01) > 3.9
+
+
+def test_pictures_lie_in_rows_under_their_names_and_keep_their_shape() -> None:
+    image = np.zeros((10, 20, 3), np.uint8)
+    ax = plots.pictures({"a": image, "b": image, "c": image}, columns=2)
+    assert [text.get_text() for text in ax.texts] == ["a", "b", "c"]
+    found = [picture.get_extent() for picture in ax.images]
+    np.testing.assert_allclose(found, [(0, 1, 0.5, 0), (1.1, 2.1, 0.5, 0), (0, 1, 1.75, 1.25)])
+    assert ax.get_xlim() == pytest.approx((0, 2.1))
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # as in images, from the top down
 
 
 def test_map_can_be_read_on_a_light_and_on_a_dark_page() -> None:
