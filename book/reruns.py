@@ -1,6 +1,7 @@
 """How a page was made, as Markdown: its command, parameters, data, records, and what to expect."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,8 +14,11 @@ import papermill
 from book.api import escaped
 from swdlib.config import PROFILES, Config
 from swdlib.records import NOT_ADDRESSED, load
+from swdlib.sweeps import read_grid
 
 SETTINGS = {setting.name: setting for setting in fields(Config)}
+
+MANY = 50  # files of one folder that are not listed one by one
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def box(run: Run) -> str:
     if run.figures:
         parts.append("The numbers behind each figure:\n\n" + figure_list(run))
     if run.files:
-        parts.append(f"Read from the book: {', '.join(file_link(f) for f in run.files)}.")
+        parts.append(f"Read from the book: {files_read(run.files)}.")
     return "\n\n".join([*parts, ":::"])
 
 
@@ -140,6 +144,14 @@ def file_link(path: str) -> str:
     return f"{{download}}`{Path(path).name} <{path}>`"
 
 
+def files_read(files: Sequence[str]) -> str:
+    """Return a link a file; of a folder from which many were read, its name."""
+    number = Counter(str(Path(path).parent) for path in files)
+    few = [file_link(path) for path in files if number[str(Path(path).parent)] <= MANY]
+    many = [f"{n} files in `book/{folder}`" for folder, n in number.items() if n > MANY]
+    return ", ".join(few + many)
+
+
 def figure_list(run: Run) -> str:
     """Return a line a figure: a link to its numbers, and what it shows."""
     lines = []
@@ -171,7 +183,7 @@ def every_page(runs: Iterable[Run]) -> str:
             figure_list(run) if run.figures else "It has no figure with a file of its own."
         )
         if run.files:
-            parts.append(f"Read from the book: {', '.join(file_link(f) for f in run.files)}.")
+            parts.append(f"Read from the book: {files_read(run.files)}.")
     return "\n\n".join(parts)
 
 
@@ -185,9 +197,25 @@ def every_record(folder: Path) -> str:
     return table(["record", "command"], rows)
 
 
+def every_grid(folder: Path) -> str:
+    """Return a row a grid file: what it is for, the command that runs it, and how many runs."""
+    rows = []
+    for path in sorted(folder.glob("*.toml")):
+        purpose, command, *_ = (line.strip("# ") for line in path.read_text("utf-8").splitlines())
+        link = f"{{download}}`{path.name} <grids/{path.name}>`"
+        rows.append([link, purpose, f"`{command}`", len(read_grid(path))])
+    return table(["grid", "what for", "command", "runs"], rows)
+
+
 def committed(folder: Path) -> list[Path]:
-    """Return the records that come with the book: those of the smoke profile are made anew."""
-    return [p for p in sorted(folder.rglob("*.json")) if p.relative_to(folder).parts[0] != "smoke"]
+    """Return the records that are listed one by one.
+
+    Those of the profile smoke are made anew, and the many of the ablations by one command.
+    """
+    apart = ("smoke", "ablations")
+    return [
+        p for p in sorted(folder.rglob("*.json")) if p.relative_to(folder).parts[0] not in apart
+    ]
 
 
 def shell(config: dict[str, Any]) -> str:

@@ -171,13 +171,18 @@ def timeline(shares: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axes
     return _legend_above(ax)
 
 
-def spread(values: pd.DataFrame, xlabel: str, ax: Axes | None = None) -> Axes:
-    """The values of each column as dots in a row of their own, and a bar at their mean."""
+def spread(
+    values: pd.DataFrame, xlabel: str, ax: Axes | None = None, *, dot: str = "a run"
+) -> Axes:
+    """The values of each column as dots in a row of their own, and a bar at their mean.
+
+    `dot` says what a dot stands for.
+    """
     ax = _axes(ax, xlabel, "", rows=len(values.columns))
     rows = -np.arange(len(values.columns))
     look = {"ls": "", "color": COLOURS[0]}
     for i, (_, of_name) in enumerate(values.items()):
-        ax.plot(of_name, [-i] * len(of_name), "o", alpha=0.7, label="" if i else "a run", **look)
+        ax.plot(of_name, [-i] * len(of_name), "o", alpha=0.7, label="" if i else dot, **look)
     ax.plot(values.mean(), rows, "|", ls="", ms=13, mew=2, color=COLOURS[3], label="mean")
     ax.set_yticks(rows, list(values.columns))
     return _legend_above(ax)

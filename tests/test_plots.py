@@ -207,6 +207,7 @@ def test_spread_has_a_row_a_column_with_its_mean() -> None:
     ]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b"]
     assert legend(ax) == ["a run", "mean"]
+    assert legend(plots.spread(CURVES, "size", dot="a filter")) == ["a filter", "mean"]
     assert ax.get_xlabel() == "accuracy (%)"
 
 
