@@ -18,6 +18,7 @@ from typing import Any
 
 import nbformat
 import papermill
+import yaml
 from papermill.exceptions import PapermillExecutionError
 from sphinx_external_toc.parsing import parse_toc_yaml
 
@@ -25,10 +26,21 @@ ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "book"
 sys.path.insert(0, str(ROOT))  # run as a script, Python looks in book/ alone
 
-from book import api, probes, reruns  # noqa: E402
+from book import api, probes, reruns, slides  # noqa: E402
 
 KEPT = ("kernelspec", "language_info")
 TRACES = ("papermill", "execution", "collapsed", "scrolled")
+INSTALLS = "install"
+COLAB = """\
+# On Colab, fetch the book and what it needs; anywhere else this does nothing.
+import os
+import sys
+
+if "google.colab" in sys.modules and not os.path.isdir("/content/pruning-book"):
+    !git clone --quiet --depth 1 --branch {branch} {url} /content/pruning-book
+    %pip install --quiet -e "/content/pruning-book[deploy]"
+    sys.path.insert(0, "/content/pruning-book")
+    %cd /content/pruning-book/{path_to_book}"""
 NOT_STAGED = ("_ext", "*.py", "__pycache__", ".ipynb_checkpoints", "smoke", "checkpoints")
 
 
@@ -89,7 +101,9 @@ def build(book: Path, target: Path, profile: str = "smoke") -> Path:
         insert_box(staged, run)
         runs.append(run)
     fill(stage, runs)
-    return make_pages(stage, book.parent / "_config.yml", target)
+    index = make_pages(stage, book.parent / "_config.yml", target)
+    slides.write(stage, index.parent / "slides")
+    return index
 
 
 def run_one(name: str, parameters: dict[str, Any], output: Path) -> Path:
@@ -174,8 +188,10 @@ def fill(stage: Path, runs: list[reruns.Run]) -> None:
         "api": api.reference,
         "chapters": lambda: reruns.every_chapter(runs),
         "pages": lambda: reruns.every_page(runs),
+        "grids": lambda: reruns.every_grid(stage / "grids"),
         "records": lambda: reruns.every_record(records),
         "expected": lambda: reruns.expected(records),
+        "slides": lambda: slides.listing(stage, [run.name for run in runs]),
     }
     for page in stage.glob("*.md"):
         text = re.sub(
@@ -214,9 +230,13 @@ def strip(book: Path) -> None:
         os.replace(fresh, path)
 
 
-def stripped(path: Path) -> str:
-    """Return the text of a notebook without outputs, counts and the traces of a run."""
+def stripped(path: Path, repository: dict[str, str] | None = None) -> str:
+    """Return the text of a notebook without outputs, counts and the traces of a run.
+
+    With the address of the `repository`, by default as _config.yml has it, comes `install_cell`.
+    """
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells = installing(notebook.cells, repository or repository_of(ROOT / "_config.yml"))
     notebook.metadata = {key: notebook.metadata[key] for key in KEPT if key in notebook.metadata}
     for cell in notebook.cells:
         for trace in TRACES:
@@ -224,6 +244,26 @@ def stripped(path: Path) -> str:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     return nbformat.writes(notebook) + "\n"
+
+
+def repository_of(config: Path) -> dict[str, str]:
+    """Return what _config.yml says of the repository; its `url` is empty if there is none."""
+    found: dict[str, str] = yaml.safe_load(config.read_text("utf-8"))["repository"]
+    return found
+
+
+def installing(cells: list[Any], repository: dict[str, str]) -> list[Any]:
+    """Put the install cell before the first one of code, or take it away if there is no address."""
+    own = [cell for cell in cells if INSTALLS not in cell.metadata.get("tags", [])]
+    place = next((i for i, cell in enumerate(own) if cell.cell_type == "code"), len(own))
+    return own[:place] + [install_cell(repository)] * bool(repository["url"]) + own[place:]
+
+
+def install_cell(repository: dict[str, str]) -> Any:
+    """Return the cell that fetches the book and installs the library on Colab, hidden on pages."""
+    source = COLAB.format(**repository)
+    tags = {"tags": [INSTALLS, "remove-cell"]}
+    return nbformat.v4.new_code_cell(source, metadata=tags, id="cell-install")
 
 
 def make_pages(stage: Path, config: Path, target: Path) -> Path:

@@ -31,8 +31,9 @@ def find_device(name: str = "auto") -> torch.device:
     """
     from accelerate.state import PartialState
 
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(name, True):
+    present = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available()}
+    present["mps"] = torch.backends.mps.is_available()
+    if not present.get(name):
         raise ValueError(f"device {name!r} is not available here: use 'auto' or 'cpu'")
     if not torch.distributed.is_initialized():
         PartialState._reset_state()

@@ -10,14 +10,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import nbformat
 import pytest
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 from torch import Tensor
 
 import swdlib
-from book import api, build, probes, reruns
+from book import api, build, probes, reruns, slides
 from swdlib.cli import parser
 from swdlib.config import Config
 from swdlib.records import Record, address, load, path_of, save
@@ -116,6 +118,18 @@ def test_examples_of_the_reference_run() -> None:
     test = examples((build.BOOK / "api.md").read_text("utf-8"))
     assert len(test.examples) > 30
     run_examples(test)
+
+
+# What needs files that no package has, or a page to be seen on.
+WITHOUT_EXAMPLE = {"imagenet", "interactive"}
+
+
+def test_every_module_of_the_reference_is_shown_at_work() -> None:
+    page = (build.BOOK / "api.md").read_text("utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    shown = {name for name, text in sections.items() if ">>>" in text + api.reference(name)}
+    assert set(sections) - shown == WITHOUT_EXAMPLE
+    assert {"claims", "places", "history", "audits", "dryruns"} < shown
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -230,6 +244,32 @@ def test_command_of_a_record_makes_that_record(path: Path) -> None:
     assert address(Config(**settings).settings()) == address(config)
 
 
+def test_grids_are_listed_with_their_commands(tmp_path: Path) -> None:
+    lines = ["# Two seeds.", "#     swdlib sweep some.toml", "seed = [0, 1]"]
+    (tmp_path / "some.toml").write_text("\n".join(lines), "utf-8")
+    link = "{download}`some.toml <grids/some.toml>`"
+    row = f"| {link} | Two seeds. | `swdlib sweep some.toml` | 2 |"
+    assert reruns.every_grid(tmp_path).splitlines()[2:] == [row]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((build.BOOK / "grids").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_command_of_a_grid_is_one(path: Path) -> None:
+    command = path.read_text("utf-8").splitlines()[1].removeprefix("#     ")
+    given = parser().parse_args(shlex.split(command)[1:])
+    assert (command.split()[:2], Path(given.grid)) == (
+        ["swdlib", "sweep"],
+        Path("book/grids", path.name),
+    )
+
+
+def test_of_many_files_the_folder_is_named() -> None:
+    many = [f"records/all/{i}.json" for i in range(reruns.MANY + 1)]
+    said = reruns.files_read([*many, "records/one.json"])
+    assert said == "{download}`one.json <records/one.json>`, 51 files in `book/records/all`"
+
+
 def test_expected_results_are_over_seeds_alone(tmp_path: Path) -> None:
     def put(top1: float, **changed: Any) -> None:
         config = Config(profile="laptop", **changed).settings()
@@ -281,6 +321,138 @@ def test_chapter_has_questions_to_check_oneself(name: str) -> None:
     cells = nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert text.count("\n:::{quiz} ") >= 3
+
+
+# Slides
+
+FORMULA = "where $a_b < 1$ holds:\n\n$$a = b & c$$"
+TITLE = "# A *page*\n\nFirst. More of it.\n\nSecond [link](other.ipynb#there). It is " + FORMULA
+MANY = "\n\n".join(["$$a$$"] * 4)
+MISTAKE = ":::{admonition} Common mistake: haste\n:class: warning\nNever *do* that.\n:::"
+QUESTION = ":::{quiz} How much is $1 + 1$?\n- [ ] 3\n  Too many.\n- [x] 2\n  Yes.\n:::"
+ENDING = f"After the figure.\n\n{MISTAKE}\n\n## Exercises\n\n**1.** Compute.\n\n{QUESTION}"
+PICTURE = nbformat.v4.new_output("display_data", {"image/png": "aGk=\n", "text/plain": "<Figure>"})
+TABLE = nbformat.v4.new_output("execute_result", {"text/html": "<style>x</style><table></table>"})
+PRINTED = nbformat.v4.new_output("stream", name="stdout", text="1 < 2\n")
+
+
+def prose(source: str, *tags: str) -> Any:
+    """Return a cell of prose."""
+    return nbformat.v4.new_markdown_cell(source, metadata={"tags": list(tags)})
+
+
+@pytest.fixture
+def lesson(tmp_path: Path) -> list[slides.Slide]:
+    """Return the slides of a small notebook."""
+    drawn = code("draw()", "slide", outputs=[PRINTED, PICTURE, TABLE])
+    drawn.metadata["mystnb"] = {"image": {"alt": 'A "line": it rises.'}}
+    cells = [
+        *(prose(TITLE, "slide"), code("hidden()", outputs=[PRINTED]), drawn),
+        *(prose("## Untold\n\nNot on a slide."), prose(f"## Many\n\n{MANY}", "slide")),
+        *(code("a < b", "slide"), prose(ENDING, "slide")),
+    ]
+    return slides.slides_of(stored(tmp_path, *cells))
+
+
+def test_slides_begin_at_headings_mistakes_questions_and_when_one_is_full(
+    lesson: list[slides.Slide],
+) -> None:
+    mistake = "Common mistake: haste"
+    expected = ["A *page*", "Many", "Many", mistake, "How much is $1 + 1$?"]
+    assert [slide.title for slide in lesson] == expected
+    assert [str(slide.shown).count("math block") for slide in lesson] == [1, 3, 1, 0, 0]
+    assert "Never <em>do</em> that." in lesson[3].shown[0]
+    assert lesson[4].shown[0].count("<details") == 2
+
+
+def test_slide_shows_the_start_formulas_and_outputs_and_notes_the_rest(
+    lesson: list[slides.Slide],
+) -> None:
+    shown = "".join(lesson[0].shown)
+    assert shown.startswith("<p>First. More of it.</p><p>It is where")
+    assert r"\[a = b &amp; c\]" in shown and r"\(a_b &lt; 1\)" in shown
+    assert "<pre" in shown and "1 &lt; 2" in shown and "hidden" not in shown
+    assert 'alt="A &quot;line&quot;: it rises." src="data:image/png;base64,aGk="' in shown
+    assert "<table>" in shown and "<style>" not in shown
+    assert lesson[0].notes == ['<p>Second <a href="other.ipynb#there">link</a>.</p>']
+    assert "a &lt; b" in lesson[2].shown[-1]  # code that shows nothing is shown itself
+    assert lesson[2].notes == ["<p>After the figure.</p>"]
+
+
+def test_deck_is_one_file_whose_links_lead_to_the_pages(lesson: list[slides.Slide]) -> None:
+    text = slides.deck("small", lesson)
+    assert text.count("<section>") == 5 and text.count("<h1>") == 1
+    assert "<title>Slides: A page</title>" in text and "<h1>A <em>page</em></h1>" in text
+    assert 'href="../other.html#there"' in text and 'href="../small.html"' in text
+    assert text.count(slides.MATHJAX) == 1 and "{{" not in text
+    assert not re.search(r'(src|href)="(https?:|//)', text)
+    assert slides.MATHJAX not in slides.deck("small", [slides.Slide("A", ["<p>b</p>"])])
+
+
+def test_chapters_without_slides_have_no_deck(tmp_path: Path, lesson: list[slides.Slide]) -> None:
+    stored(tmp_path, prose("# Other")).rename(tmp_path / "other.ipynb")
+    stored(tmp_path, prose(TITLE, "slide"))
+    slides.write(tmp_path, tmp_path / "slides")
+    assert [path.name for path in (tmp_path / "slides").iterdir()] == ["small.html"]
+    line = '- <a href="slides/small.html">A <em>page</em></a>, 1 slides'
+    assert slides.listing(tmp_path, ["small", "other"]) == line
+
+
+LESSON = ("what-is-pruning", "swd-from-scratch", "lagrangian-smoothing")  # of one hour
+
+
+@pytest.mark.parametrize("name", LESSON)
+def test_chapters_of_the_first_lesson_have_slides(name: str) -> None:
+    cells = nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells
+    assert sum("slide" in cell.metadata.get("tags", []) for cell in cells) >= 8
+
+
+# On Colab
+
+ADDRESS = {"url": "https://github.com/someone/book", "branch": "main", "path_to_book": "book"}
+
+
+def test_notebooks_install_the_library_on_colab_if_the_repository_has_an_address(
+    tmp_path: Path,
+) -> None:
+    title, own = nbformat.v4.new_markdown_cell("# A page"), code("seed: int = 0", "parameters")
+    path = stored(tmp_path, title, own, code("f()"))
+    path.write_text(off := build.stripped(path, ADDRESS | {"url": ""}), encoding="utf-8")
+    assert "google.colab" not in off
+    path.write_text(on := build.stripped(path, ADDRESS), encoding="utf-8")
+    _, install, parameters, _ = nbformat.reads(on, as_version=4).cells
+    assert "git clone" in install.source and "remove-cell" in install.metadata.tags
+    assert parameters.metadata.tags == ["parameters"]
+    assert build.parameters_of(path) == ["seed"]
+    assert build.stripped(path, ADDRESS) == on  # and not a second time
+    assert build.stripped(path, ADDRESS | {"url": ""}) == off
+
+
+@pytest.mark.parametrize("on_colab", [False, True])
+def test_install_cell_works_on_colab_and_does_nothing_elsewhere(
+    on_colab: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = TransformerManager().transform_cell(build.install_cell(ADDRESS).source)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if on_colab:
+        monkeypatch.setitem(sys.modules, "google.colab", sys)
+    shell = Mock()
+    exec(source, {"get_ipython": lambda: shell})
+    calls = " | ".join(str(argument) for call in shell.mock_calls for argument in call.args)
+    if not on_colab:
+        assert not calls
+        return
+    folder = "/content/pruning-book"
+    assert f"--branch main https://github.com/someone/book {folder} |" in calls
+    assert f'pip | install --quiet -e "{folder}[deploy]"' in calls
+    assert calls.endswith(f"cd | {folder}/book") and sys.path[0] == folder
+
+
+def test_address_is_read_from_the_one_setting(tmp_path: Path) -> None:
+    config = tmp_path / "_config.yml"
+    config.write_text(yaml.safe_dump({"title": "A book", "repository": ADDRESS}), "utf-8")
+    assert build.repository_of(config) == ADDRESS
+    assert set(build.repository_of(ROOT / "_config.yml")) == set(ADDRESS)
 
 
 # Buttons, words and works

@@ -451,6 +451,71 @@ def test_page_turns_dark(html: Path, page: Page, name: str) -> None:
     assert visit.faults == []
 
 
+# Slides
+
+DECKS = [name for name in NOTEBOOKS if tagged(read(name), "slide")]
+ON_SHOW = "[...document.querySelectorAll('section')].map(s => s.checkVisibility())"
+SWIPE = """across => {
+    const touch = x => new Touch({identifier: 1, target: document.body, clientX: x, clientY: 300});
+    const send = (name, touches) => document.body.dispatchEvent(
+        new TouchEvent(name, {bubbles: true, touches, changedTouches: touches}));
+    send("touchstart", [touch(200)]);
+    send("touchend", [touch(200 + across)]);
+}"""
+
+
+def slide_shown(page: Page) -> int:
+    """Return which slide is shown, the only one."""
+    [number] = [i for i, shown in enumerate(page.evaluate(ON_SHOW)) if shown]
+    assert page.locator("#count").inner_text().startswith(f"{number + 1} of ")
+    return int(number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECKS)
+def test_deck_can_be_shown_and_read(html: Path, page: Page, name: str) -> None:
+    visit = Visit(page, (html / "slides" / f"{name}.html").as_uri())
+    last = len(page.evaluate(ON_SHOW)) - 1
+    page.add_script_tag(path=AXE)
+    for number in range(last + 1):
+        assert slide_shown(page) == number
+        assert page.evaluate(OVERFLOW) <= 0
+        page.keyboard.press("ArrowRight")
+    assert slide_shown(page) == last > 4
+    for image in page.locator("img").all():
+        assert len((image.get_attribute("alt") or "").split()) > 8
+    page.keyboard.press("n")
+    page.emulate_media(media="print")
+    assert all(page.evaluate(ON_SHOW))
+    for mode in ("light", "dark"):
+        page.evaluate("mode => { document.documentElement.dataset.theme = mode; }", mode)
+        assert page.evaluate(FINDINGS, [{}, {"empty-table-header": "th"}]) == []
+    assert page.locator("mjx-merror").count() == 0
+    assert not re.search(r"\\\(|\\\[|\$\$", page.evaluate(VISIBLE_TEXT))
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_slides_follow_keys_buttons_swipes_and_the_address(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / "slides" / f"{DECKS[0]}.html").as_uri() + "#3")
+    assert slide_shown(page) == 2
+    for key, number in ((" ", 3), ("PageUp", 2), ("Home", 0), ("ArrowLeft", 0), ("ArrowRight", 1)):
+        page.keyboard.press(key)
+        assert slide_shown(page) == number
+    for across, number in ((-120, 2), (120, 1), (-20, 1)):
+        page.evaluate(SWIPE, across)
+        assert slide_shown(page) == number
+    page.get_by_role("button", name="Next slide").click()
+    assert slide_shown(page) == 2 and page.url.endswith("#3")
+    notes = page.get_by_role("button", name="Notes")
+    notes.click()
+    assert notes.get_attribute("aria-pressed") == "true"
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.keyboard.press("d")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    assert visit.faults == []
+
+
 # The live model and the slider
 
 WIDGETS = build.BOOK / "_ext"

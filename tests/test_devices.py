@@ -16,6 +16,11 @@ def test_the_cpu_is_always_there() -> None:
     assert is_main_process()
 
 
+def test_a_device_that_no_machine_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="device 'gpu' is not available here"):
+        find_device("gpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_named_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="device 'cuda' is not available here: use 'auto' or"):

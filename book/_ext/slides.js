@@ -1,0 +1,75 @@
+// Slides: one is shown at a time. Arrow keys, space, Page Up and Down, Home and End, swipes and two
+// buttons move; n shows the notes, d turns dark and back. Without this script all slides are shown.
+"use strict";
+
+{
+    const slides = [...document.querySelectorAll("main > section")];
+    const root = document.documentElement;
+    const find = name => document.getElementById(name);
+    let at = 0;
+
+    const show = number => {
+        at = Math.min(Math.max(number, 0), slides.length - 1);
+        slides.forEach((slide, i) => slide.classList.toggle("shown", i === at));
+        find("count").textContent = `${at + 1} of ${slides.length}`;
+        find("back").disabled = at === 0;
+        find("on").disabled = at === slides.length - 1;
+        history.replaceState(null, "", `#${at + 1}`);
+        window.scrollTo(0, 0);
+    };
+    const numberInAddress = () => (parseInt(location.hash.slice(1), 10) || 1) - 1;
+
+    const toggleNotes = () => {
+        const shown = root.classList.toggle("with-notes");
+        find("notes").setAttribute("aria-pressed", shown);
+    };
+    const isDark = () => root.dataset.theme
+        ? root.dataset.theme === "dark"
+        : matchMedia("(prefers-color-scheme: dark)").matches;
+    const toggleDark = () => { root.dataset.theme = isDark() ? "light" : "dark"; };
+
+    const keys = {
+        ArrowRight: () => show(at + 1),
+        ArrowLeft: () => show(at - 1),
+        PageDown: () => show(at + 1),
+        PageUp: () => show(at - 1),
+        " ": () => show(at + 1),
+        Home: () => show(0),
+        End: () => show(slides.length - 1),
+        n: toggleNotes,
+        d: toggleDark,
+    };
+    document.addEventListener("keydown", event => {
+        const own = event.key === " " && event.target.closest("button, summary, a");
+        if (own || event.ctrlKey || event.altKey || event.metaKey || !keys[event.key]) return;
+        if (event.key.startsWith("Arrow") && scrolls(event.target)) return;
+        event.preventDefault();
+        keys[event.key]();
+    });
+
+    // What is too wide for the slide is scrolled, by keys or a finger, and not left.
+    const scrolls = element => {
+        const wide = element.closest?.(".wide, pre, mjx-container");
+        return Boolean(wide) && wide.scrollWidth > wide.clientWidth;
+    };
+    let start = null;
+    document.addEventListener("touchstart", event => {
+        const alone = event.touches.length === 1 && !scrolls(event.target);
+        start = alone ? [event.touches[0].clientX, event.touches[0].clientY] : null;
+    }, {passive: true});
+    document.addEventListener("touchend", event => {
+        if (!start) return;
+        const [across, down] = [event.changedTouches[0].clientX - start[0],
+            event.changedTouches[0].clientY - start[1]];
+        if (Math.abs(across) > 50 && Math.abs(across) > 2 * Math.abs(down)) {
+            show(at - Math.sign(across));
+        }
+    });
+
+    find("back").addEventListener("click", () => show(at - 1));
+    find("on").addEventListener("click", () => show(at + 1));
+    find("notes").addEventListener("click", toggleNotes);
+    window.addEventListener("hashchange", () => show(numberInAddress()));
+    root.classList.add("one-at-a-time");
+    show(numberInAddress());
+}

@@ -1,0 +1,85 @@
+"""Prose: a chapter's Markdown block by block, for pages that Sphinx does not make."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from mdit_py_plugins.colon_fence import colon_fence_plugin
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+
+from book._ext.quiz import answers_in
+
+
+@dataclass(frozen=True)
+class Block:
+    """A heading, paragraph, box, mistake, quiz or folded part; `block` is any other: list, formula.
+
+    `text` is Markdown: of a heading or paragraph all of it, of a box its title. `html` is what a
+    block holds.
+    """
+
+    kind: str
+    text: str = ""
+    html: str = ""
+
+
+def blocks(source: str) -> Iterator[Block]:
+    """Return the blocks of a cell. A box of class `warning` is a mistake."""
+    tokens, start, depth = MARKDOWN.parse(source), 0, 0
+    for end, token in enumerate(tokens, 1):
+        depth += token.nesting
+        if depth == 0:
+            yield _block(tokens[start:end])
+            start = end
+
+
+def _block(tokens: list[Token]) -> Block:
+    kind = tokens[0].type.removesuffix("_open")
+    if kind in ("heading", "paragraph"):
+        return Block(kind, tokens[1].content)
+    if kind == "colon_fence":
+        return _fenced(*tokens[0].info.strip().partition(" ")[::2], tokens[0].content)
+    return Block("block", html=MARKDOWN.renderer.render(tokens, MARKDOWN.options, {}))
+
+
+def _fenced(directive: str, title: str, content: str) -> Block:
+    if directive == "{quiz}":
+        return Block("quiz", title, "".join(map(_answer, answers_in(content.splitlines()))))
+    if directive != "{admonition}":
+        return Block("folded")
+    plain = re.sub(r"^:class:.*\n", "", content)
+    kind = "box" if plain == content else "mistake"
+    return Block(kind, title, f'<div class="box">{MARKDOWN.render(plain)}</div>')
+
+
+def _answer(answer: tuple[bool, str, str]) -> str:
+    right, text, why = answer
+    kind = "right" if right else "wrong"
+    return f'<details class="{kind}"><summary>{inline(text)}</summary>{paragraph(why)}</details>'
+
+
+def inline(text: str) -> str:
+    """Return a line of Markdown as HTML."""
+    return MARKDOWN.renderInline(text)
+
+
+def paragraph(text: str) -> str:
+    """Return a paragraph of Markdown as HTML."""
+    return f"<p>{inline(text)}</p>"
+
+
+def _formula(content: str, options: dict[str, Any]) -> str:
+    left, right = (r"\[", r"\]") if options["display_mode"] else (r"\(", r"\)")
+    return left + escape(content, quote=False) + right
+
+
+MARKDOWN = (
+    MarkdownIt("commonmark")
+    .enable("table")
+    .use(dollarmath_plugin, renderer=_formula)
+    .use(colon_fence_plugin)
+)

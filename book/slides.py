@@ -1,0 +1,149 @@
+"""Slides: what the cells tagged `slide` of a chapter hold, as one file of HTML.
+
+A heading, a common mistake and a question each begin a slide. It shows the first paragraph, then
+formulas, lists and tables with the sentence that leads to them, and what code shows. The notes hold
+the rest.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from book.prose import Block, blocks, inline, paragraph
+
+FILES = Path(__file__).parent / "_ext"
+LEFT_OUT = ("Parameters", "Check yourself", "Exercises")
+FULL = 3  # formulas, lists and tables; with so many, or with a picture, a slide is full
+SENTENCE = re.compile(r"(?<=[.:?!)*])\s+(?=[A-Z*$`\[])")
+MATHJAX = '<script defer src="../_static/mathjax/tex-chtml.js"></script>'
+
+
+@dataclass
+class Slide:
+    """A title in Markdown; what is shown, as HTML, and what is said beside it."""
+
+    title: str
+    shown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    filled: int = 0
+
+
+def write(stage: Path, target: Path) -> None:
+    """Write the deck of each notebook in `stage` that has slides, `target`/<name>.html."""
+    target.mkdir(parents=True, exist_ok=True)
+    for notebook in sorted(stage.glob("*.ipynb")):
+        if slides := slides_of(notebook):
+            name = notebook.stem
+            (target / f"{name}.html").write_text(deck(name, slides), encoding="utf-8")
+
+
+def listing(stage: Path, names: Sequence[str]) -> str:
+    """Return the decks of these notebooks, as a list in Markdown."""
+    found = {name: slides_of(stage / f"{name}.ipynb") for name in names}
+    return "\n".join(
+        f'- <a href="slides/{name}.html">{inline(slides[0].title)}</a>, {len(slides)} slides'
+        for name, slides in found.items()
+        if slides
+    )
+
+
+def slides_of(notebook: Path) -> list[Slide]:
+    """Return the slides of a notebook that has run, in its order."""
+    slides: list[Slide] = []
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "slide" not in cell.metadata.get("tags", []):
+            continue
+        if cell.cell_type == "markdown":
+            _add_prose(slides, list(blocks(cell.source)))
+        else:
+            outputs = [_shown(output, cell) for output in cell.outputs]
+            for html in filter(None, outputs or [_text(cell.source)]):
+                _add_output(slides, html)
+    return [slide for slide in slides if slide.shown and slide.title not in LEFT_OUT]
+
+
+def _add_prose(slides: list[Slide], found: list[Block]) -> None:
+    for block, following in zip(found, [*found[1:], Block("end")], strict=True):
+        if block.kind == "heading":
+            slides.append(Slide(block.text))
+        elif block.kind in ("mistake", "quiz"):
+            slides.append(Slide(block.text, [block.html]))
+        elif block.kind == "paragraph":
+            _add_paragraph(slides, block.text, leads=following.kind == "block")
+        elif block.kind == "box":
+            slides[-1].shown += [f"<p><strong>{inline(block.text)}</strong></p>", block.html]
+        elif block.kind == "block":
+            slide = _with_room(slides)
+            slide.shown.append(block.html)
+            slide.filled += 1
+
+
+def _add_paragraph(slides: list[Slide], text: str, leads: bool) -> None:
+    slide = slides[-1]
+    if not (slide.shown or slide.notes):
+        slide.shown.append(paragraph(text))
+        return
+    *others, last = SENTENCE.split(text)
+    if said := " ".join(others if leads else [*others, last]):
+        slide.notes.append(paragraph(said))
+    if leads:
+        _with_room(slides).shown.append(paragraph(last))
+
+
+def _add_output(slides: list[Slide], html: str) -> None:
+    """A picture leaves no room for anything that comes after it."""
+    drawn = html.startswith("<img")
+    slide = _with_room(slides) if drawn and "<img" in str(slides[-1].shown) else slides[-1]
+    slide.shown.append(html)
+    slide.filled = FULL if drawn else slide.filled
+
+
+def _with_room(slides: list[Slide]) -> Slide:
+    """Return the last slide, or another of its title if that is full."""
+    if slides[-1].filled >= FULL:
+        slides.append(Slide(slides[-1].title))
+    return slides[-1]
+
+
+def _shown(output: Any, cell: Any) -> str:
+    """An output as HTML: a picture, a table or text. What needs a script stays on the page."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        alt = escape(cell.metadata.mystnb.image.alt, quote=True)
+        return f'<img alt="{alt}" src="data:image/png;base64,{data["image/png"].strip()}">'
+    if "<table" in (html := data.get("text/html", "")) and "<script" not in html:
+        table = re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL)
+        return f'<div class="wide" tabindex="0">{table}</div>'
+    return _text(output.text) if output.get("name") == "stdout" else ""
+
+
+def _text(text: str) -> str:
+    return f'<pre tabindex="0">{escape(text.rstrip())}</pre>'
+
+
+def deck(name: str, slides: Sequence[Slide]) -> str:
+    """Return the deck of the chapter `name`: style and script are in it, formulas load MathJax."""
+    parts = "\n".join(_section(slide, "h2" if i else "h1") for i, slide in enumerate(slides))
+    parts = re.sub(r'href="([\w-]+)\.(?:ipynb|md)\b', r'href="../\1.html', parts)
+    parts = parts.replace('href="#', f'href="../{name}.html#')
+    parts = parts.replace("<pre><code", '<pre tabindex="0"><code')  # to be scrolled with keys
+    values = {
+        "title": re.sub("<[^>]+>", "", inline(slides[0].title)),
+        "name": name,
+        "slides": parts,
+        "mathjax": MATHJAX if 'class="math' in parts else "",
+        **{kind: (FILES / f"slides.{kind}").read_text("utf-8") for kind in ("css", "js")},
+    }
+    template = (FILES / "slides.html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+
+
+def _section(slide: Slide, level: str) -> str:
+    notes = f'<div class="notes">{"".join(slide.notes)}</div>' if slide.notes else ""
+    title = f"<{level}>{inline(slide.title)}</{level}>"
+    return f"<section>{title}<div>{''.join(slide.shown)}</div>{notes}</section>"
