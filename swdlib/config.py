@@ -15,8 +15,8 @@ from swdlib.data import DATASETS
 from swdlib.devices import Precision, check_tracker
 from swdlib.models import MODELS
 from swdlib.penalties import Update
-from swdlib.recipes import RECIPES, Growth, Phase, ranked
-from swdlib.schedules import Cosine, Piecewise, Schedule, Steps
+from swdlib.recipes import RECIPES, Phase, ranked
+from swdlib.schedules import Cosine, Growth, Piecewise, Schedule, Steps
 from swdlib.structures import STRUCTURES
 
 _COMMON = {"weight_decay": 5e-4, "precision": "fp32"}

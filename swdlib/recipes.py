@@ -8,7 +8,7 @@ budget, fine-tuning included, so that methods given the same number have cost th
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -18,10 +18,8 @@ from swdlib.baselines import BatchNormL1, GradualPruning, RareSelection
 from swdlib.criteria import Criterion, Random, batch_norm_scale, magnitude
 from swdlib.masks import Masks, check_sparsity
 from swdlib.penalties import SelectiveWeightDecay, Update
-from swdlib.schedules import Constant, Cosine, Cubic, Exponential, Linear, Schedule
+from swdlib.schedules import Constant, Cubic, Exponential, Growth, Schedule, growing
 from swdlib.structures import Structure
-
-Growth = Literal["exponential", "linear", "cosine", "cubic", "per_step"]
 
 
 class Penalty(Protocol):
@@ -311,22 +309,6 @@ def ranked(
         return replace(phase, penalty=partial(phase.penalty, **given)) if phase.penalty else phase
 
     return [changed(phase) for phase in phases] if given else phases
-
-
-def growing(growth: Growth, a_min: float, a_max: float, end: float, lr: Schedule) -> Schedule:
-    """The strength of SWD, from `a_min` at the start to `a_max` at the share `end` of training.
-
-    By a constant factor a step ("exponential", as published), along a line, half a cosine or a
-    cubic; or so that not a but a times the learning rate, which is what a step takes off a weight,
-    rises by a constant factor ("per_step"). ValueError if `end` is not in (0, 1].
-    """
-    if not 0 < end <= 1:
-        raise ValueError(f"growth_end must be above 0 and at most 1, not {end!r}")
-    shapes = {"exponential": Exponential, "linear": Linear, "cosine": Cosine, "cubic": Cubic}
-    if growth != "per_step":
-        return shapes[growth](a_min, a_max, finish=end)
-    taken = Exponential(a_min * lr(0.0), a_max * lr(end), finish=end)
-    return lambda progress: taken(progress) / lr(min(progress, end))
 
 
 def _swd_penalty(

@@ -14,9 +14,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import SupportsFloat
+from typing import Literal, SupportsFloat
 
 Schedule = Callable[[float], float]
+Growth = Literal["exponential", "linear", "cosine", "cubic", "per_step"]
 
 
 def _require_finite(**values: float) -> None:
@@ -147,6 +148,22 @@ class Piecewise:
             if progress < right:
                 return low + (high - low) * (progress - left) / (right - left)
         return self.points[-1][1]
+
+
+def growing(growth: Growth, a_min: float, a_max: float, end: float, lr: Schedule) -> Schedule:
+    """The strength of SWD, from `a_min` at the start to `a_max` at the share `end` of training.
+
+    By a constant factor a step ("exponential", as published), along a line, half a cosine or a
+    cubic; or so that not a but a times the learning rate, which is what a step takes off a weight,
+    rises by a constant factor ("per_step"). ValueError if `end` is not in (0, 1].
+    """
+    if not 0 < end <= 1:
+        raise ValueError(f"growth_end must be above 0 and at most 1, not {end!r}")
+    shapes = {"exponential": Exponential, "linear": Linear, "cosine": Cosine, "cubic": Cubic}
+    if growth != "per_step":
+        return shapes[growth](a_min, a_max, finish=end)
+    taken = Exponential(a_min * lr(0.0), a_max * lr(end), finish=end)
+    return lambda progress: taken(progress) / lr(min(progress, end))
 
 
 def check_not_negative(name: str, value: float) -> float:

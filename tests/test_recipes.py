@@ -31,7 +31,6 @@ from swdlib.recipes import (
     Recipe,
     Train,
     dense,
-    growing,
     han2015,
     liu2017,
     one_shot,
@@ -45,7 +44,7 @@ from swdlib.recipes import (
     swd_rising,
     zhu2017,
 )
-from swdlib.schedules import Constant, Cosine, Cubic, Exponential, Linear
+from swdlib.schedules import Constant, Cosine, Exponential
 from swdlib.structures import STRUCTURES, filters, kernels, weights
 from swdlib.training import train
 from tests.test_training import assert_resumes
@@ -185,19 +184,6 @@ def test_swd_whose_target_rises() -> None:
     assert targets == pytest.approx([0, 0, 0.9 * (1 - 0.5**3), 0.9, 0.9])
     assert strengths == pytest.approx([100**t for t in (0, 0.1, 0.4, 0.7, 1)])
     assert prune == Prune(0.9, weights)
-
-
-def test_growths_by_hand() -> None:
-    shapes: dict[Any, Any] = {"exponential": Exponential, "linear": Linear}
-    shapes |= {"cosine": Cosine, "cubic": Cubic}
-    for name, shape in shapes.items():
-        assert growing(name, 2.0, 8.0, 0.5, LR) == shape(2.0, 8.0, 0.0, 0.5)
-    lr = Linear(0.4, 0.1)
-    strength = growing("per_step", 2.0, 8.0, 0.5, lr)
-    # What a step takes, a times the rate, goes from 2 * 0.4 to 8 * 0.25, half-way its square root.
-    assert [strength(t) for t in (0, 0.25, 0.5, 1)] == pytest.approx(
-        [2.0, math.sqrt(0.8 * 2.0) / 0.325, 8.0, 8.0]
-    )
 
 
 @pytest.mark.parametrize("recipe", [swd, swd_rising])

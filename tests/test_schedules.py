@@ -3,6 +3,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from swdlib.schedules import (
     Schedule,
     Steps,
     as_schedule,
+    growing,
 )
 
 RAMPS = (Linear, Exponential, Cosine, Cubic)
@@ -150,3 +152,16 @@ def test_examples_in_docstrings_run(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(f"swdlib.{module}"))
     assert not failed
     assert tried or module != "schedules"
+
+
+def test_growths_by_hand() -> None:
+    shapes: dict[Any, Any] = {"exponential": Exponential, "linear": Linear}
+    shapes |= {"cosine": Cosine, "cubic": Cubic}
+    for name, shape in shapes.items():
+        assert growing(name, 2.0, 8.0, 0.5, Constant(0.1)) == shape(2.0, 8.0, 0.0, 0.5)
+    lr = Linear(0.4, 0.1)
+    strength = growing("per_step", 2.0, 8.0, 0.5, lr)
+    # What a step takes, a times the rate, goes from 2 * 0.4 to 8 * 0.25, half-way its square root.
+    assert [strength(t) for t in (0, 0.25, 0.5, 1)] == pytest.approx(
+        [2.0, math.sqrt(0.8 * 2.0) / 0.325, 8.0, 8.0]
+    )
