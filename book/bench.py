@@ -1,6 +1,6 @@
 """Measure what selection costs, beside what the memory allows: `make bench` calls this file.
 
-Everything in a table row was measured in one run, in turns, and is given as a median. Ratios carry
+Everything in a section was measured in one run, in turns, and is given as a median. Ratios carry
 over to other machines, milliseconds do not. Nothing is downloaded: pixels are drawn at random. On a
 machine that others use too, OMP_NUM_THREADS=1 makes it count the processor time of one thread.
 """
@@ -13,9 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.models import resnet50
@@ -34,13 +39,16 @@ from swdlib.experiments import code_digest
 from swdlib.files import write_whole
 from swdlib.images import Dataset as Images
 from swdlib.images import Split
-from swdlib.masks import select_units
+from swdlib.masks import removed_weights, select_units
 from swdlib.models import build_model
 from swdlib.penalties import SelectiveWeightDecay
+from swdlib.recipes import Train
+from swdlib.schedules import Constant
 from swdlib.structures import filters
-from swdlib.training import sgd
+from swdlib.training import sgd, train
 
 STORED = Path(__file__).parent / "measurements" / "speed.json"
+STEPS = 24  # of training that are timed together
 SIZES = (10**5, 10**6, 10**7, 10**8)
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
@@ -61,6 +69,13 @@ class Rest(torch.optim.Optimizer):
 def clock() -> float:
     """Seconds; those of this process alone where a single thread works: others do not count."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def clock_of_all() -> float:
+    """As `clock`, but where a single thread works with the time of the workers that have ended."""
+    used = os.times()
+    of_all = used.user + used.system + used.children_user + used.children_system
+    return of_all if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def nothing() -> None:
@@ -142,7 +157,8 @@ def resnet50_steps(rounds: int) -> list[Row]:
     model = with_gradients(resnet50())
     move = moving(model)
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim >= 2])
-    gradients, first, second = (torch.empty_like(weights) for _ in range(3))
+    # Written, since memory that never was is no memory: it is read as one page of zeros.
+    gradients, first, second = (torch.ones_like(weights) for _ in range(3))
 
     def copy() -> None:  # reads twice and writes twice what is read three times and written once
         first.copy_(weights)
@@ -192,46 +208,50 @@ def against_size(rounds: int) -> list[Row]:
 
 
 def extra_memory() -> list[Row]:
-    """How far steps raise the peak of a process, in copies of the largest tensor."""
-    number = 3 * 10**7
-    script = f"import bench; print(bench.growth({number}))"
-    grown = float(in_python(script, cwd=Path(__file__).parent))
-    return [row("memory that steps add, in copies of the largest tensor", grown, "x", 1)]
+    """The most that steps hold at a time, in copies of the largest tensor."""
+    held = held_by_steps(layers(3 * 10**7)) / (4 * 3 * 10**6)
+    return [row("extra memory, in copies of the largest tensor", held, "x", 1)]
 
 
-def growth(number: int) -> float:
-    """Bytes that steps add to the peak of this process, over those of a layer."""
-    model = layers(number)
-    for parameter in model.parameters():
-        parameter.data.normal_()
-        parameter.grad = torch.ones_like(parameter)
-    warm = layers(10**5)
-    jump(warm)
-    joined(with_gradients(warm))()
-    before = peak()
-    step = joined(model)
-    for _ in range(3):
-        step()
-    return (peak() - before) / (4 * number / 10)
+def held_by_steps(model: nn.Module, steps: int = 3) -> int:
+    """The most bytes that steps ask of torch at a time, and of NumPy and Python, added up.
 
-
-def peak() -> int:
-    """The most bytes that this process has held so far; Linux alone tells."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    What the system gives the process instead depends on its pages and on other threads.
+    """
+    jump(model)
+    step = joined(with_gradients(model))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        tracemalloc.start()
+        for _ in range(steps):
+            step()
+        by_others = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return by_others + max(accumulate(event.nbytes() for event in events))
 
 
 def structured(rounds: int) -> list[Row]:
-    """What it costs to choose the filters of ResNet-50 that go."""
-    groups = filters(torch.zeros(2, 3, 64, 64))(resnet50())
-    functions = {
-        c.__name__: (nothing, lambda c=c: select_units(groups, 0.5, c))
-        for c in (batch_norm_scale, magnitude)
-    }
+    """What it costs to choose the filters of ResNet-50 that go, and a step with the update."""
+    model = with_gradients(resnet50())
+    structure = filters(torch.zeros(2, 3, 64, 64))
+    groups = structure(model)
+    functions: dict[str, Timed] = {}
+    for criterion in (batch_norm_scale, magnitude):
+        step = joined(model, sparsity=0.5, structure=structure, criterion=criterion)
+        functions[criterion.__name__] = (nothing, partial(select_units, groups, 0.5, criterion))
+        functions[f"{criterion.__name__}, step"] = (nothing, step)
+    functions["masks"] = (
+        nothing,
+        partial(removed_weights, groups, select_units(groups, 0.5, batch_norm_scale)),
+    )
     taken = medians(functions, rounds)
     return [
         row("choice of ResNet-50's filters by their scales", taken["batch_norm_scale"], "ms", 5),
         row("choice of ResNet-50's filters by magnitude", taken["magnitude"], "ms"),
+        row("which weights leave with ResNet-50's filters", taken["masks"], "ms"),
+        row("select and update filters by scales", taken["batch_norm_scale, step"], "ms"),
+        row("select and update filters by magnitude", taken["magnitude, step"], "ms"),
     ]
 
 
@@ -264,69 +284,78 @@ def pixels(count: int) -> Split:
 
 
 def training(rounds: int) -> list[Row]:
-    """Steps of ResNet-20 on images of CIFAR-10's size and number, by ours and by a plain loop."""
-    data = Images("random", "drawn", pixels(50_000), pixels(2_000), 10, MEAN, STD, 4, True, "")
-    model = build_model("resnet20").train()
-    optimizer = sgd(model.parameters())
-
-    def learn(images: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad()
-        cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    sources = {
-        "ours": lambda: data.train_batches(128, seed=0, epoch=0),
-        "plain": lambda: plain_loader(data.train, True, 128),
-    }
-    few = max(2, rounds // 5)
-    steps = {name: partial(a_step, batches, learn) for name, batches in sources.items()}
-    ours, plain = in_turns(steps, few).values()
-    batch = iter(sources["ours"]())
-    step = joined(model)
-    small = {"data": (nothing, lambda: next(batch)), "penalty": (moving(model), step)}
+    """Steps of ResNet-20 on images of CIFAR-10's size, by ours and by a plain loop."""
+    data = Images(
+        "random", "drawn", pixels(STEPS * 128), pixels(10_000), 10, MEAN, STD, 4, True, ""
+    )
+    model = build_model("resnet20")
+    ways = {"ours": partial(our_step, data), "plain": partial(plain_step, data)}
+    our_step(replace(data, train=pixels(128)))  # imports what it needs
+    ours, plain = in_turns(ways, max(3, rounds // 3)).values()
+    batch = cycle_of(data)
+    step = joined(with_gradients(model))
     step()
+    small = {"data": (nothing, lambda: next(batch)), "penalty": (moving(model), step)}
     parts = medians(small, rounds)
     return [
         row("step of ResNet-20, 16 maps, batch 128", ours, "ms"),
         row("share of a step that selects and updates", 100 * parts["penalty"] / ours, "%", 1),
         row("share of a step that makes the batch", 100 * parts["data"] / ours, "%", 3),
         row("plain way to ours, an epoch of training", plain / ours, "x", least=1.3),
-        *evaluation(model, data, few),
+        *evaluation(model, data, max(2, rounds // 5)),
     ]
 
 
-def a_step(
-    source: Callable[[], Any], learn: Callable[[Tensor, Tensor], None], count: int = 6
-) -> float:
-    """Milliseconds of a step with its batch, once the first is done and workers are there."""
-    batches = iter(source())
-    learn(*next(batches))
+def cycle_of(data: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches, epoch after epoch."""
+    for epoch in count():
+        yield from data.train_batches(128, seed=0, epoch=epoch)
 
-    def several() -> None:
-        for _ in range(count):
-            learn(*next(batches))
 
-    return milliseconds(several) / count
+def our_step(data: Images) -> float:
+    """Milliseconds of a step with its batch, by `train` as a `Config` sets it up."""
+    options = {"channels_last": True, "progress": False}
+    model, data = build_model("resnet20"), replace(data, test=pixels(2))
+    learn = partial(train, model, data, [Train(1, Constant(0.1))], **options)
+    return milliseconds(learn, clock_of_all) / STEPS
+
+
+def plain_step(data: Images) -> float:
+    """The same by the usual loop."""
+    model = build_model("resnet20").train()
+    optimizer = sgd(model.parameters())
+
+    def learn() -> None:
+        correct = 0
+        for images, labels in plain_loader(data.train, True, 128):
+            optimizer.zero_grad()
+            logits = model(images)
+            cross_entropy(logits, labels).backward()
+            optimizer.step()
+            correct += (logits.argmax(1) == labels).sum().item()
+
+    return milliseconds(learn, clock_of_all) / STEPS
 
 
 def evaluation(model: nn.Module, data: Images, rounds: int) -> list[Row]:
-    """Evaluation of 2,000 images, by ours and by a plain loop."""
+    """Evaluation of 10,000 images, by ours, channels last, and by a plain loop."""
+    usual = deepcopy(model)
+    model.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def plain() -> float:
-        model.eval()
+        usual.eval()
         correct = 0
         for images, labels in plain_loader(data.test, False, 128):
-            correct += (model(images).argmax(1) == labels).sum().item()
+            correct += (usual(images).argmax(1) == labels).sum().item()
         return correct / len(data.test)
 
     ways = {"ours": lambda: evaluate(model, data), "plain": plain}
-    # By the wall's clock, since workers' time counts.
     taken = in_turns(
-        {name: partial(milliseconds, way, time.perf_counter) for name, way in ways.items()}, rounds
+        {name: partial(milliseconds, way, clock_of_all) for name, way in ways.items()}, rounds
     )
     ratio = taken["plain"] / taken["ours"]
-    return [row("plain way to ours, evaluation of 2,000 images", ratio, "x", least=1.3)]
+    return [row("plain way to ours, evaluation of 10,000 images", ratio, "x", least=1.3)]
 
 
 def imports(rounds: int) -> list[Row]:
@@ -412,7 +441,7 @@ def processor() -> str:
 SECTIONS: dict[str, Callable[[int], list[Row]]] = {
     "resnet50": resnet50_steps,
     "size": against_size,
-    **({"memory": lambda rounds: extra_memory()} if sys.platform == "linux" else {}),
+    "memory": lambda rounds: extra_memory(),
     "structured": structured,
     "training": training,
     "import": lambda rounds: imports(5),
@@ -421,21 +450,27 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
 
 
 def main() -> None:
-    """Measure, print a table and store it."""
+    """Measure, print a table and store it, a section at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; none: all")
     parser.add_argument("--rounds", type=int, default=15, help="turns of which medians are taken")
     parser.add_argument("--to", type=Path, default=STORED, help="the file that is written")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    rows = []
     for name in options.sections or SECTIONS:
+        torch.manual_seed(0)
+        rows = []
         for found in SECTIONS[name](options.rounds):
             rows.append(found)
             print(line(found), flush=True)
-    content = {"provenance": machine(), "rounds": options.rounds, "rows": rows}
-    text = json.dumps(content, indent=1)
-    write_whole(options.to, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        store(options.to, name, {"provenance": machine(), "rounds": options.rounds, "rows": rows})
+
+
+def store(path: Path, name: str, section: dict[str, Any]) -> None:
+    """Put a section into a file, which keeps its others."""
+    stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    content = {key: {**stored, name: section}.get(key) for key in SECTIONS}
+    text = json.dumps({key: value for key, value in content.items() if value}, indent=1)
+    write_whole(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":

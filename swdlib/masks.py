@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from swdlib.allocations import Allocation, together
 from swdlib.criteria import Criterion, magnitude
 from swdlib.selection import places_around
-from swdlib.structures import Coupled, Group, NofM, Structure
+from swdlib.structures import Coupled, Group, NofM, Structure, either
 
 Masks = dict[str, Tensor]
 
@@ -254,7 +254,7 @@ def removed_weights(groups: Sequence[Group], chosen: Sequence[Tensor]) -> Masks:
     gone: Masks = {}
     for group, units in zip(groups, chosen, strict=True):
         for name, slices in group.removed(units).items():
-            gone[name] = gone[name] | slices if name in gone else slices
+            gone[name] = either(gone[name], slices) if name in gone else slices
     counted = parameters_of(groups)
     nothing = {n: torch.zeros(1, dtype=torch.bool, device=p.device) for n, p in counted.items()}
     return {n: gone.get(n, nothing[n]).expand(p.shape) for n, p in counted.items()}

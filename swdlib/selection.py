@@ -7,20 +7,24 @@ costs a second reading, never exactness.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from swdlib.radix import rank_by_digits
-
-PIECE = 1 << 18  # weights that are worked on at a time: what is made of them stays in the cache
-LEAST = 1 << 14  # weights from which on a call of compiled code pays
-BLOCK = 256  # weights of which compiled code says whether some lie in the band
+from swdlib.readings import (
+    PIECE,
+    flattened,
+    pieces_of,
+    precision_of,
+    read,
+    read_compiled,
+    sizes_of,
+)
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,17 @@ class Lowest:
             return self._divided(tensor)
         if i > self.divided:
             return self.value
-        value = torch.tensor(self.value, dtype=_precision(tensor))
-        return float(torch.nextafter(value, torch.full_like(value, math.inf)))
+        return _next(self.value, precision_of(tensor))
 
     def _divided(self, tensor: Tensor) -> Tensor:
-        sizes = tensor.detach().abs().flatten().to(_precision(tensor))
-        chosen = sizes < self.value
-        chosen[(sizes == self.value).nonzero().squeeze(1)[: self.taken]] = True
+        flat, left = tensor.detach().flatten(), self.taken
+        chosen = torch.empty(len(flat), dtype=torch.bool)
+        for piece, part in zip(flat.split(PIECE), chosen.split(PIECE), strict=True):
+            sizes = sizes_of([piece])
+            tied = np.flatnonzero(sizes == self.value)[:left]
+            part.copy_(torch.from_numpy(sizes < self.value))
+            part[tied] = True
+            left -= len(tied)
         return chosen.reshape(tensor.shape)
 
 
@@ -72,15 +80,15 @@ class Threshold:
         """
         for foreseen in (False,) if math.isnan(self._last) else (True, False):
             low, high = self._band() if foreseen else _bracket(tensors, count)
-            read = _read_compiled if self.compiled and foreseen else _read
-            below, between, largest = read(tensors, low, high)
+            reading = read_compiled if self.compiled and foreseen else read
+            below, between, largest = reading(tensors, low, high)
             if not math.isfinite(largest):
                 return None
             if below < count <= below + len(between):
                 found = _rank(tensors, between, count - below)
                 break
         else:
-            pieces = [piece for tensor in tensors for piece in _pieces(tensor)]
+            pieces = [piece for tensor in tensors for piece in pieces_of(tensor)]
             value, tied = rank_by_digits(pieces, count)
             found = _divide(tensors, float(value), int(tied))
         self._learn(found.value)
@@ -111,88 +119,11 @@ def are_alike(tensors: Sequence[Tensor]) -> bool:
     return not more and dtype in usual and device.type in ("cpu", "cuda")
 
 
-def _precision(tensor: Tensor) -> torch.dtype:
-    """In what magnitudes are compared: NumPy has no bfloat16 and is slow at float16."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The elements in a row, in the order of memory; a copy only if there are gaps between them."""
-    return tensor.detach().permute(order(tensor)).flatten()
-
-
-def order(tensor: Tensor) -> list[int]:
-    """The dimensions in the order in which they lie in memory."""
-    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-
-
-def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    return _flat(tensor).split(PIECE) if tensor.numel() else ()
-
-
-def _sizes(tensor: Tensor) -> Iterator[np.ndarray]:
-    for piece in _pieces(tensor):
-        yield piece.abs().to(_precision(piece)).numpy()
-
-
-def _read(tensors: Sequence[Tensor], low: float, high: float) -> tuple[int, np.ndarray, float]:
-    """How many magnitudes lie below `low`, those from `low` to `high`, and the largest, or NaN.
-
-    Of a band that holds so many that they would take much memory, none are returned.
-    """
-    numbers = [tensor.numel() for tensor in tensors]
-    room = max(1 << 16, max(numbers) // 4, sum(numbers) // 64)
-    bounds = torch.tensor([low, high], dtype=_precision(tensors[0])).numpy()
-    below, between, largest = 0, [bounds[:0]], [0.0]
-    for sizes in (sizes for tensor in tensors for sizes in _sizes(tensor)):
-        under, inside = sizes < bounds[0], sizes <= bounds[1]
-        found = np.flatnonzero(np.not_equal(under, inside, out=inside))
-        below, room = below + int(np.count_nonzero(under)), room - len(found)
-        between.append(sizes[found] if room >= 0 else bounds[:0])
-        largest.append(sizes.max())
-    return below, np.concatenate(between if room >= 0 else between[:1]), float(np.max(largest))
-
-
-def _read_compiled(
-    tensors: Sequence[Tensor], low: float, high: float
-) -> tuple[int, np.ndarray, float]:
-    """As `_read`: compiled code counts by blocks; the few that reach the band are read again.
-
-    Nothing is found if so many do that reading all of them at once is faster.
-    """
-    flats = [_flat(tensor) for tensor in tensors]
-    whole = [len(f) // BLOCK * BLOCK if len(f) >= LEAST else 0 for f in flats]
-    large = [f[:n].view(-1, BLOCK) for f, n in zip(flats, whole, strict=True) if n]
-    if not large or large[0].dtype != torch.float32:
-        return _read(tensors, low, high)
-    bounds = torch.tensor([low, high])
-    counts = compiled(_count)(large, bounds)
-    under, inside, largest = (torch.cat(parts) for parts in zip(*counts, strict=True))
-    hit = inside > under
-    if hit.count_nonzero() > len(hit) // 8:
-        return 0, np.empty(0), 0.0
-    rest = [f[n:] for f, n in zip(flats, whole, strict=True)]
-    rest += [blocks[h] for blocks, h in zip(large, hit.split([*map(len, large)]), strict=True)]
-    below, between, top = _read([torch.cat([r.flatten() for r in rest])], low, high)
-    below += int(under.masked_fill(hit, 0).sum(dtype=torch.float64))
-    return below, between, float(torch.tensor([top, largest.max()]).max())
-
-
-def _count(tensors: Sequence[Tensor], bounds: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each block, a row: how many lie below the first bound, up to the second; the largest."""
-    counts = []
-    for blocks in tensors:
-        sizes = blocks.abs()
-        # As floats, which are added faster than integers and are exact for so few.
-        under, inside = (sizes < bounds[0]).float(), (sizes <= bounds[1]).float()
-        counts.append((under.sum(1), inside.sum(1), sizes.amax(1)))
-    return counts
-
-
-@cache  # at the first use, since torch takes long to import what compiles
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled once for each network: for the sizes of its tensors."""
-    return torch.compile(function, dynamic=False)
+@lru_cache(maxsize=1)
+def _next(value: float, precision: torch.dtype) -> float:
+    """The lowest number of this precision above `value`."""
+    number = torch.tensor(value, dtype=precision)
+    return float(torch.nextafter(number, torch.full_like(number, math.inf)))
 
 
 def _bracket(tensors: Sequence[Tensor], count: int) -> tuple[float, float]:
@@ -203,9 +134,9 @@ def _bracket(tensors: Sequence[Tensor], count: int) -> tuple[float, float]:
     total = sum(tensor.numel() for tensor in tensors)
     stride, seen, parts = math.ceil(total ** (1 / 3)), 0, []
     for tensor in tensors:
-        parts.append(_flat(tensor)[-seen % stride :: stride])
+        parts.append(flattened(tensor)[-seen % stride :: stride])
         seen += tensor.numel()
-    sample = np.sort(torch.cat(parts).abs().to(_precision(parts[0])).numpy())
+    sample = np.sort(torch.cat(parts).abs().to(precision_of(parts[0])).numpy())
     low, high = places_around(count / total, len(sample))
     return float(sample[low]), float(sample[high])
 
@@ -231,7 +162,7 @@ def _rank(tensors: Sequence[Tensor], between: np.ndarray, count: int) -> Lowest:
 def _divide(tensors: Sequence[Tensor], value: float, tied: int) -> Lowest:
     """The lowest, of which the first `tied` of those equal to `value` are."""
     for i, tensor in enumerate(tensors):
-        here = sum(int(np.count_nonzero(sizes == value)) for sizes in _sizes(tensor))
+        here = sum(int(np.count_nonzero(sizes_of([p]) == value)) for p in pieces_of(tensor))
         if tied <= here:
             return Lowest(value, i, tied)
         tied -= here

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from swdlib import checkpoints
 from swdlib.devices import Precision, Tracker, make_accelerator
-from swdlib.evaluation import Data, means, sums_over_test
+from swdlib.evaluation import BATCH, Data, means, sums_over_test
 from swdlib.masks import Masks, NotFinite, apply_, emptied, find_groups, select, sparsity_of
 from swdlib.metrics import count_correct, parameters, weight_histogram
 from swdlib.recipes import Penalty, Phase, Prune, Train
@@ -46,7 +46,7 @@ class Options:
         precision: "fp32", or "bf16" or "fp16" autocast.
         accumulate: parts that a batch is worked through in, to save memory.
         clip: the largest gradient norm.
-        compile: whether torch.compile is used.
+        compile: whether torch.compile is used, for the network and for the penalty.
         channels_last: whether images and weights lie channels last in memory.
         checkpoint: file that a stopped run resumes from, bit for bit on a CPU.
         save_every: steps between two writes of the checkpoint.
@@ -169,6 +169,8 @@ class _Loop:
         optimizer = self.options.optimizer(self.model.parameters())
         self.penalty = phase.penalty(self.model, steps=steps) if phase.penalty else None
         if self.penalty:
+            if self.options.compile and hasattr(self.penalty, "compile"):
+                self.penalty.compile()
             self.penalty.attach(optimizer)
         self.optimizer = self.accelerator.prepare(optimizer)
         self._restore()
@@ -255,7 +257,7 @@ class _Loop:
         return {"train_loss": loss, "train_top1": 100 * correct, "seconds": seconds}
 
     def _add_row(self, kind: str, measured: Row) -> None:
-        sums = sums_over_test(self.network, self.data, self.options.loss, 1000, **self.share)
+        sums = sums_over_test(self.network, self.data, self.options.loss, BATCH, **self.share)
         masks = self.masks | (self.penalty.masks if self.penalty else {})
         row = {
             "kind": kind,

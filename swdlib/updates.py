@@ -4,37 +4,39 @@
 of a magnitude below it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from swdlib.selection import LEAST, PIECE, compiled, order
+from swdlib.readings import LEAST, PIECE, compiled, order
 
 
 def add_(gradient: Tensor, weight: Tensor, chosen: Tensor | float, scale: float) -> None:
     """Add `scale` times the chosen weights to the gradient, in place."""
-    for w, g in _pieces(weight, gradient, chosen, PIECE):
-        g.add_(_part(w, chosen), alpha=scale)
+    for w, g, c in _pieces(weight, gradient, chosen):
+        g.add_(_part(w, c), alpha=scale)
 
 
 def add_compiled_(updates: Sequence[tuple[Tensor, Tensor, Tensor | float]], scale: float) -> None:
     """As `add_`, of many (gradient, weight, chosen) at once; what is large by compiled code."""
-    gradients: list[Tensor] = []
-    weights: list[Tensor] = []
-    bounds: list[float] = []
+    gradients, weights, bounds = [], [], []
     for gradient, weight, chosen in updates:
-        # None of a weight that has a mask, so that what is compiled does not depend on ties.
-        bound = 0.0 if isinstance(chosen, Tensor) else chosen
-        [(w, g), *_] = _pieces(weight, gradient, bound, 1 << 62)
-        fits = w.ndim == 1 and len(w) >= LEAST and w.dtype == g.dtype == torch.float32
-        if fits:
-            gradients, weights, bounds = [*gradients, g], [*weights, w], [*bounds, bound]
-        if not fits or isinstance(chosen, Tensor):
+        pair = _in_a_row(weight, gradient) if _fits(weight, gradient) else None
+        if pair:
+            weights.append(pair[0])
+            gradients.append(pair[1])
+            # None of a weight that has a mask, so that what is compiled does not depend on ties.
+            bounds.append(0.0 if isinstance(chosen, Tensor) else chosen)
+        if not pair or isinstance(chosen, Tensor):
             add_(gradient, weight, chosen, scale)
     if weights:
         numbers = torch.tensor([scale, *bounds], dtype=torch.float32)
         compiled(_add)(gradients, weights, numbers)
+
+
+def _fits(weight: Tensor, gradient: Tensor) -> bool:
+    return weight.numel() >= LEAST and weight.dtype == gradient.dtype == torch.float32
 
 
 def _add(gradients: Sequence[Tensor], weights: Sequence[Tensor], numbers: Tensor) -> None:
@@ -44,27 +46,41 @@ def _add(gradients: Sequence[Tensor], weights: Sequence[Tensor], numbers: Tensor
 
 def divide_(weight: Tensor, chosen: Tensor | float, factor: float) -> None:
     """Divide the chosen weights by `factor`, in place."""
-    for w, _ in _pieces(weight, weight, chosen, PIECE):
-        part = _part(w, chosen)
+    for w, _, c in _pieces(weight, weight, chosen):
+        part = _part(w, c)
         w.sub_(part).add_(part.div_(factor))  # zero where they were, so that this is exact
 
 
 def _part(weight: Tensor, chosen: Tensor | float) -> Tensor:
     """The chosen weights, and zero in the place of all others."""
     if isinstance(chosen, Tensor):
-        return weight.masked_fill(~chosen, 0.0)
+        # By numbers, of which one is enough where a mask repeats: torch is slow at bool tensors.
+        one = tuple(slice(None if stride else 1) for stride in chosen.stride())
+        return weight * chosen[one].view(torch.uint8)
     # In a single pass: the second argument where the first lies between the others, zero elsewhere.
     return torch.ops.aten.hardtanh_backward(weight, weight, -chosen, chosen)
 
 
 def _pieces(
-    weight: Tensor, other: Tensor, chosen: Tensor | float, size: int
-) -> Sequence[tuple[Tensor, Tensor]]:
-    """Views of both, of at most `size` weights; the whole if there are gaps or a mask."""
+    weight: Tensor, other: Tensor, chosen: Tensor | float
+) -> Iterable[tuple[Tensor, Tensor, Tensor | float]]:
+    """Views of all, of about PIECE weights, since what is made of them then stays in the cache."""
+    if weight.numel() <= PIECE:
+        return [(weight, other, chosen)]
     if isinstance(chosen, Tensor):
-        return [(weight, other)]
-    pair = [tensor.permute(order(weight)) for tensor in (weight, other)]
-    if not all(tensor.is_contiguous() for tensor in pair):
-        return [(weight, other)]
-    first, second = (tensor.view(-1).split(size) for tensor in pair)
-    return list(zip(first, second, strict=True))
+        rows = max(1, PIECE * len(weight) // weight.numel())
+        return zip(*(tensor.split(rows) for tensor in (weight, other, chosen)), strict=True)
+    pair = _in_a_row(weight, other)
+    if pair is None:
+        return [(weight, other, chosen)]
+    return ((w, o, chosen) for w, o in zip(*(flat.split(PIECE) for flat in pair), strict=True))
+
+
+def _in_a_row(weight: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Flat views of both in the order of the weight's memory; None if there are gaps."""
+    if not (weight.is_contiguous() and other.is_contiguous()):
+        dims = order(weight)
+        weight, other = weight.permute(dims), other.permute(dims)
+    if not (weight.is_contiguous() and other.is_contiguous()):
+        return None
+    return weight.view(-1), other.view(-1)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swdlib import selection
+from swdlib import readings, selection
 from swdlib.masks import lowest_by_sort
 from swdlib.radix import masks_without_waiting
 from swdlib.selection import Lowest, Threshold, are_alike
@@ -105,13 +105,13 @@ def test_selection_equals_sorting_while_weights_move_and_jump(dtype: torch.dtype
 
 def test_a_usual_step_reads_once_and_a_jump_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[float, float]] = []
-    read = selection._read
+    read = readings.read
 
     def counted(tensors: list[Tensor], low: float, high: float) -> object:
         reads.append((low, high))
         return read(tensors, low, high)
 
-    monkeypatch.setattr(selection, "_read", counted)
+    monkeypatch.setattr(selection, "read", counted)
     threshold, numbers = Threshold(), []
     for tensors in trained(torch.float32):
         threshold.find(tensors, 35_000)
@@ -123,6 +123,7 @@ def test_a_usual_step_reads_once_and_a_jump_twice(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("zeros", [0.5, 0.95, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_zeros(zeros: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readings, "PIECE", 1000)
     monkeypatch.setattr(selection, "PIECE", 1000)
     weights = torch.randn(90_000).masked_fill(torch.rand(90_000) < zeros, 0.0).to(dtype)
     tensors = [part.reshape(300, -1) for part in weights.split(30_000)]
@@ -160,17 +161,18 @@ def test_what_is_alike() -> None:
 
 @pytest.mark.slow
 def test_compiled_code_selects_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "LEAST", 1 << 10)
+    monkeypatch.setattr(readings, "LEAST", 1 << 10)
     threshold = Threshold()
     threshold.compiled = True
     total = sum(tensor.numel() for tensor in trained(torch.float32, 1e-6)[0])
-    read, again = selection._read, []
+    read, again = readings.read, []
 
     def counted(tensors: list[Tensor], low: float, high: float) -> object:
         again.append(sum(tensor.numel() for tensor in tensors))
         return read(tensors, low, high)
 
-    monkeypatch.setattr(selection, "_read", counted)
+    monkeypatch.setattr(readings, "read", counted)
+    monkeypatch.setattr(selection, "read", counted)
     for tensors in trained(torch.float32, 1e-6):
         count = round(0.9 * total)
         assert_as_sorted(masks_of(threshold.find(tensors, count), tensors), tensors, count)

@@ -243,6 +243,16 @@ def test_a_compiled_run_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) 
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_penalty_that_can_be_compiled_is(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled: list[SelectiveWeightDecay] = []
+    monkeypatch.setattr(SelectiveWeightDecay, "compile", lambda penalty: compiled.append(penalty))
+    phases = [*swd_phases(1), *soft(1, Constant(0.01), 0.5, weights)]  # the second has none
+    run_quietly(perceptron(), toy_data(), phases, compile=compiles)
+    assert len(compiled) == compiles
+
+
 def test_a_tracker_gets_the_numbers_of_each_row_and_changes_nothing(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
