@@ -9,7 +9,6 @@ costs a second reading, never exactness.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -119,11 +118,10 @@ def are_alike(tensors: Sequence[Tensor]) -> bool:
     return not more and dtype in usual and device.type in ("cpu", "cuda")
 
 
-@lru_cache(maxsize=1)
 def _next(value: float, precision: torch.dtype) -> float:
     """The lowest number of this precision above `value`."""
-    number = torch.tensor(value, dtype=precision)
-    return float(torch.nextafter(number, torch.full_like(number, math.inf)))
+    number = np.float64(value) if precision == torch.float64 else np.float32(value)
+    return float(np.nextafter(number, number.dtype.type(math.inf)))
 
 
 def _bracket(tensors: Sequence[Tensor], count: int) -> tuple[float, float]:
