@@ -13,6 +13,9 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +92,28 @@ def build(book: Path, target: Path, profile: str = "smoke") -> Path:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     stage = target / "_build" / "stage"
     copy_sources(book, stage)
-    runs = []
-    for name in notebook_names(book):
-        source, staged = book / f"{name}.ipynb", stage / f"{name}.ipynb"
-        known = {"profile": profile} if "profile" in parameters_of(source) else {}
-        run = execute(source, staged, known, folder=stage)
-        check_outputs(staged)
-        shutil.copy(source, stage / "data" / name)
-        # A run that ends meanwhile leaves a record that is not staged.
-        run.files = [str(p) for p in within(run.files, (book, stage)) if (stage / p).is_file()]
-        insert_box(staged, run)
-        runs.append(run)
+    # As many at a time as there are processors, but large runs take all of them. Not in threads:
+    # there papermill leaves its event loops open.
+    jobs = (os.cpu_count() or 1) if profile == "smoke" else 1
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        runs = list(pool.map(partial(run_page, book, stage, profile), notebook_names(book)))
     fill(stage, runs)
     index = make_pages(stage, book.parent / "_config.yml", target)
     slides.write(stage, index.parent / "slides")
     return index
+
+
+def run_page(book: Path, stage: Path, profile: str, name: str) -> reruns.Run:
+    """Run a notebook of `book` in `stage`, and say below its parameters how it was made."""
+    source, staged = book / f"{name}.ipynb", stage / f"{name}.ipynb"
+    known = {"profile": profile} if "profile" in parameters_of(source) else {}
+    run = execute(source, staged, known, folder=stage)
+    check_outputs(staged)
+    shutil.copy(source, stage / "data" / name)
+    # A run that ends meanwhile leaves a record that is not staged.
+    run.files = [str(p) for p in within(run.files, (book, stage)) if (stage / p).is_file()]
+    insert_box(staged, run)
+    return run
 
 
 def run_one(name: str, parameters: dict[str, Any], output: Path) -> Path:

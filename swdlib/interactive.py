@@ -1,6 +1,7 @@
 """Interactive pieces of a page that need no kernel and no network: HTML from numbers."""
 
 import base64
+import csv
 import html
 import io
 import json
@@ -32,12 +33,16 @@ stands here: a script draws it from the numbers of this cell.</p></div>"""
 
 @dataclass(frozen=True)
 class Html:
-    """What a notebook shows as it is."""
+    """What a notebook shows as it is, and the numbers behind it as CSV if it has any."""
 
     text: str = field(repr=False)  # long
+    numbers: str | None = field(default=None, repr=False)
 
     def _repr_html_(self) -> str:
         return self.text
+
+    def _repr_csv_(self) -> str | None:
+        return self.numbers
 
 
 def live_model(
@@ -81,7 +86,20 @@ def weights_over_training(histograms: Mapping[str, Mapping[str, Any]]) -> Html:
         words = f"Histogram of the absolute weights, {label}: {_in_words(histogram)}."
         frames.append(_frame(ax.figure, words, label, hidden=bool(frames)))
     first, last = html.escape(next(iter(histograms))), len(frames) - 1
-    return Html(_SLIDER.format(first=first, last=last, frames="\n".join(frames)))
+    text = _SLIDER.format(first=first, last=last, frames="\n".join(frames))
+    return Html(text, _histograms_csv(histograms))
+
+
+def _histograms_csv(histograms: Mapping[str, Mapping[str, Any]]) -> str:
+    file = io.StringIO()
+    write = csv.writer(file, lineterminator="\n").writerow
+    write(["shown", "from", "to", "number of weights"])
+    for label, histogram in histograms.items():
+        write([label, 0.0, 0.0, histogram["zeros"]])
+        edges = np.logspace(*HISTOGRAM_RANGE, len(histogram["counts"]) + 1).tolist()
+        for low, high, count in zip(edges, edges[1:], histogram["counts"], strict=False):
+            write([label, low, high, count])
+    return file.getvalue()
 
 
 def _limits(counts: Any) -> dict[str, tuple[float, float]]:

@@ -39,7 +39,9 @@ def _assigned(source: str) -> set[str]:
 
 
 def keep_numbers() -> None:
-    """From here on, figures that a notebook shows bring their numbers along as text/csv.
+    """From here on, what a notebook shows brings the numbers behind it along as text/csv.
+
+    Figures do, and whatever has a method `_repr_csv_`.
 
     Also notes the JSON files that are opened, for `files_read`. To be called in a notebook's kernel
     alone: neither can be undone.
@@ -47,14 +49,17 @@ def keep_numbers() -> None:
     from IPython import get_ipython  # there is one wherever a notebook runs
     from IPython.core.formatters import BaseFormatter
     from matplotlib.figure import Figure
-    from traitlets import Unicode
+    from traitlets import ObjectName, Unicode
 
     class CsvFormatter(BaseFormatter):
         format_type = Unicode(CSV)
+        print_method = ObjectName("_repr_csv_")
 
         def __call__(self, shown: Any) -> str | None:
             # Not registered for figures: matplotlib's backend unregisters what is.
-            return figure_csv(shown) or None if isinstance(shown, Figure) else None
+            if isinstance(shown, Figure):
+                return figure_csv(shown) or None
+            return super().__call__(shown)
 
     display = get_ipython().display_formatter
     display.formatters[CSV] = CsvFormatter(parent=display)

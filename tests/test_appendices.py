@@ -201,11 +201,14 @@ def test_figures_and_files_of_a_run_are_told(tmp_path: Path) -> None:
     (tmp_path / "facts.json").write_text("{}")
     reads = "import json\n\njson.load(open('facts.json'))"
     draws = "import matplotlib.pyplot as plt\n\nplt.plot([1, 2], [3, 5], label='a');"
-    cells = code("seed: int = 0", "parameters"), code(reads), code(draws)
+    shows = "from swdlib.interactive import Html\n\nHtml('<b>b</b>', 'shown\\nb\\n')"
+    cells = code("seed: int = 0", "parameters"), code(reads), code(draws), code(shows)
     target = tmp_path / "out.ipynb"
     found = build.execute(stored(tmp_path, *cells), target, {"seed": 2}, folder=tmp_path)
-    assert [figure.csv for figure in found.figures] == ["data/out/figure-1.csv"]
+    names = [f"data/out/figure-{number}.csv" for number in (1, 2)]
+    assert [figure.csv for figure in found.figures] == names
     assert (tmp_path / "data/out/figure-1.csv").read_text() == "series,x,y\na,1,3\na,2,5\n"
+    assert (tmp_path / "data/out/figure-2.csv").read_text() == "shown\nb\n"
     assert str(tmp_path / "facts.json") in found.files
     notebook = nbformat.read(target, as_version=4)
     assert probes.PROBE not in str(notebook) and "text/csv" not in str(notebook)

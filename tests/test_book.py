@@ -617,6 +617,20 @@ def test_live_model_knows_the_end_of_the_path(script: Page) -> None:
         np.testing.assert_allclose(loss, away @ hessian @ away / 2, atol=1e-9)
 
 
+def test_live_model_gives_its_numbers(script: Page) -> None:
+    written = script.evaluate(
+        "([p, s]) => swdModel.csv(p, swdModel.run(p, s))", [PROBLEM, DEFAULTS]
+    )
+    header, *rows = (line.split(",") for line in written.splitlines())
+    assert header == ["step", "w1", "w2", "loss"]
+    found = np.array(rows, dtype=float)
+    assert found[:, 0].tolist() == list(range(PROBLEM["steps"] + 1))
+    np.testing.assert_allclose(found[:, 1:3], path_by_library(PROBLEM, DEFAULTS), atol=1e-9)
+    away = found[:, 1:3] - PROBLEM["trained"]
+    loss = ((away @ np.array(PROBLEM["hessian"])) * away).sum(axis=1) / 2
+    np.testing.assert_allclose(found[:, 3], loss, atol=1e-9)
+
+
 LIVE, SLIDER = "lagrangian-smoothing", "schedules"
 
 
@@ -635,6 +649,10 @@ def test_live_model_is_driven_with_the_keyboard(html: Path, page: Page) -> None:
     assert status.inner_text().startswith("Diverged at step")
     page.get_by_label("update rule").select_option("proximal")
     assert "it has no bound" in status.inner_text()
+    with page.expect_download() as download:
+        model.get_by_role("link", name="CSV").press("Enter")
+    steps = download.value.path().read_text("utf-8").splitlines()
+    assert len(steps) == problem["steps"] + 2 and steps[1].startswith("0,")
     page.get_by_label("strength at the start").press("ArrowRight")
     assert page.get_by_label("strength at the start").get_attribute("aria-valuetext") == "0.3"
     picture = model.get_by_role("img")

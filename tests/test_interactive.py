@@ -1,6 +1,7 @@
 """Interactive pieces: HTML that holds its numbers, its words and all that it needs."""
 
 import base64
+import csv
 import html
 import json
 import re
@@ -84,6 +85,21 @@ def test_frame_says_how_many_weights_lie_where() -> None:
         "Histogram of the absolute weights, epoch 2: 50 % are below 1e-06, 80 % are below 0.001, "
         "80 % are below 0.1."
     )
+
+
+def test_slider_brings_its_numbers_along() -> None:
+    shown = {"epoch 1": histogram(minus1=10), "the end": histogram(2, minus8=6)}
+    header, *lines = csv.reader((weights_over_training(shown)._repr_csv_() or "").splitlines())
+    assert header == ["shown", "from", "to", "number of weights"]
+    assert len(lines) == 2 * (1 + HISTOGRAM_BINS)
+    rows = [(label, float(low), float(high), int(count)) for label, low, high, count in lines]
+    filled = [(label, low, count) for label, low, _, count in rows if count]
+    assert filled == [
+        ("epoch 1", pytest.approx(0.1), 10),
+        ("the end", 0.0, 2),
+        ("the end", pytest.approx(1e-8), 6),
+    ]
+    assert all(low < high or low == high == 0 for _, low, high, _ in rows)
 
 
 def test_frames_share_their_axes() -> None:

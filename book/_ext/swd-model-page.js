@@ -90,7 +90,7 @@
       <polyline points="${line}"/>${marks(problem, drawn)}</svg>${frame()}`;
   };
 
-  const show = (problem, [svg, form, status]) => {
+  const show = (problem, [svg, form, status, link]) => {
     const settings = settingsOf(form);
     for (const name of Object.keys(RANGES)) {
       const value = settings[name].toLocaleString("en", { maximumSignificantDigits: 2 });
@@ -102,12 +102,13 @@
     svg.innerHTML = picture(problem, run);
     svg.setAttribute("aria-label", `The path of SWD over a loss of two weights. ${words}`);
     status.textContent = words;
+    link.href = `data:text/csv,${encodeURIComponent(swdModel.csv(problem, run))}`;
   };
 
   document.querySelectorAll(".swd-model").forEach((element) => {
     const problem = JSON.parse(element.dataset.problem);
     element.innerHTML = `<svg viewBox="0 0 ${SIZE} ${SIZE}" role="img"></svg>${controls(problem)}
-      <p role="status"></p>`;
+      <p role="status"></p><a download="path.csv">The weights at each step (CSV)</a>`;
     const draw = () => show(problem, [...element.children]);
     const form = element.querySelector("form");
     form.addEventListener("input", draw);

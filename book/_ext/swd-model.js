@@ -64,6 +64,11 @@ const swdModel = (() => {
     return { points, end, removed, product, diverged: far < 0 ? null : far };
   };
 
+  // The numbers behind the picture: a line a step.
+  const csv = (problem, { points }) =>
+    ["step,w1,w2,loss", ...points.map((w, step) => [step, ...w, lossOf(problem, w)].join())]
+      .join("\n") + "\n";
+
   const three = (value) => (Math.round(value * 1e3) / 1e3 + 0).toFixed(3).replace("-", "−");
 
   const describe = (problem, settings, { points, end, removed, product, diverged }) => {
@@ -78,5 +83,5 @@ const swdModel = (() => {
       `had the trained weights been cut: ${then}. ${largest}`;
   };
 
-  return { path, lossOf, constrained, run, describe };
+  return { path, lossOf, constrained, run, csv, describe };
 })();
