@@ -201,9 +201,11 @@ class _Loop:
         return phase.lr(done / (phase.epochs * self.steps_per_epoch))
 
     def _step(self, images: Tensor, labels: Tensor, rate: float) -> None:
-        # Seeding every step makes dropout resumable without the generators' states.
+        # Seeding every step makes dropout resumable without the generators' states. For every kind
+        # of device that there might be, torch.manual_seed asks for a trace of the stack.
+        on_cpu = self.device.type == "cpu"
         seed = (self.options.seed * 1_000_003 + self.at.steps) * 1_000_003 + self.share["rank"]
-        torch.manual_seed(seed % 2**63)
+        (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(seed % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._backward(images, labels)
