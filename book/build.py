@@ -92,9 +92,10 @@ def build(book: Path, target: Path, profile: str = "smoke") -> Path:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     stage = target / "_build" / "stage"
     copy_sources(book, stage)
-    # As many at a time as there are processors, but large runs take all of them. Not in threads:
-    # there papermill leaves its event loops open.
-    jobs = (os.cpu_count() or 1) if profile == "smoke" else 1
+    # One more at a time than there are processors, as kernels that start or end wait most of the
+    # time; but large runs take the machine for themselves. In threads, papermill would leave its
+    # event loops open.
+    jobs = (os.cpu_count() or 1) + 1 if profile == "smoke" else 1
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         runs = list(pool.map(partial(run_page, book, stage, profile), notebook_names(book)))
     fill(stage, runs)

@@ -1,6 +1,7 @@
 """The book: its notebooks as they are stored, the pipeline, and every page in a real browser."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,6 +131,20 @@ def test_failing_notebook_stops_the_build(tmp_path: Path) -> None:
         build.execute(source, target, {}, folder=tmp_path)
     with pytest.raises(ValueError, match="a cell that failed"):
         build.check_outputs(target)
+
+
+@pytest.mark.slow
+def test_failing_page_stops_the_build_of_the_book(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    book.mkdir()
+    (book / "_toc.yml").write_text("format: jb-book\nroot: out-0\nchapters: [{file: out-1}]\n")
+    for number, source in enumerate(("print(1)", "1 / 0")):
+        os.replace(
+            stored(book, code("seed = 0", "parameters"), code(source)), book / f"out-{number}.ipynb"
+        )
+    with pytest.raises(PapermillExecutionError, match="ZeroDivisionError"):
+        build.build(book, tmp_path)
+    assert not (tmp_path / "_build" / "html").exists()
 
 
 @pytest.mark.parametrize(
