@@ -43,7 +43,10 @@ def _block(tokens: list[Token]) -> Block:
         return Block(kind, tokens[1].content)
     if kind == "colon_fence":
         return _fenced(*tokens[0].info.strip().partition(" ")[::2], tokens[0].content)
-    return Block("block", html=MARKDOWN.renderer.render(tokens, MARKDOWN.options, {}))
+    html = MARKDOWN.renderer.render(tokens, MARKDOWN.options, {})
+    if kind == "table":
+        html = f'<div class="wide" tabindex="0">{html}</div>'
+    return Block("block", html=html)
 
 
 def _fenced(directive: str, title: str, content: str) -> Block:

@@ -76,7 +76,8 @@ def _add_prose(slides: list[Slide], found: list[Block]) -> None:
         elif block.kind == "paragraph":
             _add_paragraph(slides, block.text, leads=following.kind == "block")
         elif block.kind == "box":
-            slides[-1].shown += [f"<p><strong>{inline(block.text)}</strong></p>", block.html]
+            told = re.sub(r"<p>Reading takes.*?</p>", "", block.html, flags=re.DOTALL)
+            slides[-1].shown += [f"<p><strong>{inline(block.text)}</strong></p>", told]
         elif block.kind == "block":
             slide = _with_room(slides)
             slide.shown.append(block.html)

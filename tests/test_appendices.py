@@ -282,6 +282,7 @@ def test_expected_results_are_over_seeds_alone(tmp_path: Path) -> None:
     put(60.0, sparsity=0.5)
     put(62.0, sparsity=0.5, seed=1)
     put(70.0, sparsity=0.9)
+    put(80.0, sparsity=0.9, holdout=0.1)  # not on the test images
     rows = reruns.expected(tmp_path).splitlines()[2:]
     assert rows == [
         "| `swdlib run --profile laptop --recipe swd` | cifar10, files | 1 | 70.00 | – |",
@@ -408,6 +409,15 @@ LESSON = ("what-is-pruning", "swd-from-scratch", "lagrangian-smoothing")  # of o
 def test_chapters_of_the_first_lesson_have_slides(name: str) -> None:
     cells = nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells
     assert sum("slide" in cell.metadata.get("tags", []) for cell in cells) >= 8
+
+
+def test_table_on_a_slide_scrolls_and_how_long_reading_takes_is_left_out(tmp_path: Path) -> None:
+    table = "Numbers:\n\n| a | b |\n| --- | --- |\n| 1 | 2 |"
+    box = ":::{admonition} What you will know\nA lot.\n\nReading takes 5\nminutes.\n:::"
+    path = stored(tmp_path, prose(f"# A page\n\nFirst.\n\n{table}\n\n{box}", "slide"))
+    shown = "".join(slides.slides_of(path)[0].shown)
+    assert '<div class="wide" tabindex="0"><table>' in shown and "<td>2</td>" in shown
+    assert "A lot." in shown and "minutes" not in shown
 
 
 # On Colab
