@@ -99,7 +99,7 @@ def _add_paragraph(slides: list[Slide], text: str, leads: bool) -> None:
 def _add_output(slides: list[Slide], html: str) -> None:
     """A picture leaves no room for anything that comes after it."""
     drawn = html.startswith("<img")
-    slide = _with_room(slides) if drawn and "<img" in str(slides[-1].shown) else slides[-1]
+    slide = _with_room(slides) if "<img" in str(slides[-1].shown) else slides[-1]
     slide.shown.append(html)
     slide.filled = FULL if drawn else slide.filled
 

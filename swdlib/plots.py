@@ -127,7 +127,7 @@ def paths(
         ax.plot(*places.T, marker="o", markevery=[-1], label=label, **look)
         ax.plot(*places[0], "x", color=INK, mew=2, ms=8)
     ax.set_aspect("equal")
-    return _legend(ax)
+    return _legend_above(ax)
 
 
 def weight_paths(
