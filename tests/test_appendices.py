@@ -362,11 +362,11 @@ def test_slides_begin_at_headings_mistakes_questions_and_when_one_is_full(
     lesson: list[slides.Slide],
 ) -> None:
     mistake = "Common mistake: haste"
-    expected = ["A *page*", "Many", "Many", mistake, "How much is $1 + 1$?"]
+    expected = ["A *page*", "A *page*", "Many", "Many", mistake, "How much is $1 + 1$?"]
     assert [slide.title for slide in lesson] == expected
-    assert [str(slide.shown).count("math block") for slide in lesson] == [1, 3, 1, 0, 0]
-    assert "Never <em>do</em> that." in lesson[3].shown[0]
-    assert lesson[4].shown[0].count("<details") == 2
+    assert [str(slide.shown).count("math block") for slide in lesson] == [1, 0, 3, 1, 0, 0]
+    assert "Never <em>do</em> that." in lesson[4].shown[0]
+    assert lesson[5].shown[0].count("<details") == 2
 
 
 def test_slide_shows_the_start_formulas_and_outputs_and_notes_the_rest(
@@ -377,15 +377,16 @@ def test_slide_shows_the_start_formulas_and_outputs_and_notes_the_rest(
     assert r"\[a = b &amp; c\]" in shown and r"\(a_b &lt; 1\)" in shown
     assert "<pre" in shown and "1 &lt; 2" in shown and "hidden" not in shown
     assert 'alt="A &quot;line&quot;: it rises." src="data:image/png;base64,aGk="' in shown
-    assert "<table>" in shown and "<style>" not in shown
+    assert "<table>" not in shown  # there is no room beside a picture
+    assert "<table>" in lesson[1].shown[0] and "<style>" not in lesson[1].shown[0]
     assert lesson[0].notes == ['<p>Second <a href="other.ipynb#there">link</a>.</p>']
-    assert "a &lt; b" in lesson[2].shown[-1]  # code that shows nothing is shown itself
-    assert lesson[2].notes == ["<p>After the figure.</p>"]
+    assert "a &lt; b" in lesson[3].shown[-1]  # code that shows nothing is shown itself
+    assert lesson[3].notes == ["<p>After the figure.</p>"]
 
 
 def test_deck_is_one_file_whose_links_lead_to_the_pages(lesson: list[slides.Slide]) -> None:
     text = slides.deck("small", lesson)
-    assert text.count("<section>") == 5 and text.count("<h1>") == 1
+    assert text.count("<section>") == 6 and text.count("<h1>") == 1
     assert "<title>Slides: A page</title>" in text and "<h1>A <em>page</em></h1>" in text
     assert 'href="../other.html#there"' in text and 'href="../small.html"' in text
     assert text.count(slides.MATHJAX) == 1 and "{{" not in text
