@@ -266,7 +266,7 @@ def _method(row: "pd.Series[Any]") -> str:
 def _axes(ax: Axes | None, xlabel: str, ylabel: str, rows: int = 0) -> Axes:
     if ax is None:
         height = max(3.4, 1 + 0.35 * rows)
-        ax = plt.subplots(figsize=(5.6, height), dpi=160, layout="constrained")[1]
+        ax = plt.subplots(figsize=(5.0, height), dpi=180, layout="constrained")[1]
     ax.figure.patch.set_alpha(0.0)
     ax.patch.set_alpha(0.0)
     ax.set_xlabel(xlabel, color=INK)
