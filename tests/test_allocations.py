@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -57,16 +57,19 @@ def test_every_allocation_is_exact(
             assert sizes[~mask].max() <= sizes[mask].min()
 
 
+@example([2, 2, 2, 2, 6], 0.875)  # 2 of the 6 stay; their equal share is 6/7
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=5), st.floats(0.0, 0.999))
-def test_uniform_differs_by_less_than_a_weight_from_an_equal_share(
+def test_uniform_differs_by_rounding_alone_from_an_equal_share(
     sizes: list[int], sparsity: float
 ) -> None:
     torch.manual_seed(0)
     groups = [group(str(i), torch.randn(1, size)) for i, size in enumerate(sizes)]
     left = kept(groups, sparsity, "uniform")
-    exact = 1 - round(sparsity * sum(sizes)) / sum(sizes)
+    total = sum(sizes)
+    exact = 1 - round(sparsity * total) / total
+    # Each layer rounds at one threshold, by a half at most; so does the threshold, for all of them.
     for i, size in enumerate(sizes):
-        assert abs(left[str(i)] - exact * size) <= 1.0 + 1e-9
+        assert abs(left[str(i)] - exact * size) <= (1 + len(sizes) * size / total) / 2 + 1e-9
 
 
 def test_units_that_must_stay_still_rank_highest() -> None:
