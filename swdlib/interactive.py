@@ -93,7 +93,7 @@ def weights_over_training(histograms: Mapping[str, Mapping[str, Any]]) -> Html:
 def _histograms_csv(histograms: Mapping[str, Mapping[str, Any]]) -> str:
     file = io.StringIO()
     write = csv.writer(file, lineterminator="\n").writerow
-    write(["shown", "from", "to", "number of weights"])
+    write(["series", "from", "to", "number of weights"])
     for label, histogram in histograms.items():
         write([label, 0.0, 0.0, histogram["zeros"]])
         edges = np.logspace(*HISTOGRAM_RANGE, len(histogram["counts"]) + 1).tolist()

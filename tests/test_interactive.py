@@ -90,7 +90,7 @@ def test_frame_says_how_many_weights_lie_where() -> None:
 def test_slider_brings_its_numbers_along() -> None:
     shown = {"epoch 1": histogram(minus1=10), "the end": histogram(2, minus8=6)}
     header, *lines = csv.reader((weights_over_training(shown)._repr_csv_() or "").splitlines())
-    assert header == ["shown", "from", "to", "number of weights"]
+    assert header == ["series", "from", "to", "number of weights"]
     assert len(lines) == 2 * (1 + HISTOGRAM_BINS)
     rows = [(label, float(low), float(high), int(count)) for label, low, high, count in lines]
     filled = [(label, low, count) for label, low, _, count in rows if count]
