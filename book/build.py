@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "book"
 sys.path.insert(0, str(ROOT))  # run as a script, Python looks in book/ alone
 
-from book import api, probes, reruns, slides  # noqa: E402
+from book import api, kernels, probes, reruns, slides  # noqa: E402
 
 KEPT = ("kernelspec", "language_info")
 TRACES = ("papermill", "execution", "collapsed", "scrolled")
@@ -96,7 +96,7 @@ def build(book: Path, target: Path, profile: str = "smoke") -> Path:
     # time; but large runs take the machine for themselves. In threads, papermill would leave its
     # event loops open.
     jobs = (os.cpu_count() or 1) + 1 if profile == "smoke" else 1
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), kernels.share_imports) as pool:
         runs = list(pool.map(partial(run_page, book, stage, profile), notebook_names(book)))
     fill(stage, runs)
     index = make_pages(stage, book.parent / "_config.yml", target)
@@ -158,7 +158,12 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], folder: Path
     print(f"Running {source.name} {parameters or ''}", flush=True)
     nbformat.write(probes.added(source), target)
     papermill.execute_notebook(
-        str(target), str(target), parameters=parameters, cwd=str(folder), progress_bar=False
+        str(target),
+        str(target),
+        parameters=parameters,
+        cwd=str(folder),
+        progress_bar=False,
+        config=kernels.LOCAL,
     )
     notebook = nbformat.read(target, as_version=4)
     run.files = probes.files_read(notebook)

@@ -1,0 +1,117 @@
+"""Kernels of notebooks that begin as copies of one process, which has imported their libraries.
+
+A new kernel spends some five seconds on the import of torch, seaborn and scikit-learn, and the book
+has twenty. A copy has them already; all else that a kernel has is its own.
+"""
+
+import atexit
+import os
+import signal
+import sys
+from importlib.metadata import EntryPoint
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from jupyter_client.provisioning.factory import KernelProvisionerFactory
+from jupyter_client.provisioning.local_provisioner import LocalProvisioner
+from traitlets.config import Config
+
+COPIED = sys.platform == "linux"  # elsewhere a copy of a process that has imported torch can fail
+IMPORTED = (
+    "ipykernel.kernelapp",
+    "sklearn.datasets",
+    "swdlib.plots",
+    "torchvision",
+)
+HERE = Path(__file__).parent
+# Sockets that are files of this user; those of a network can be reached by others.
+LOCAL = Config({} if sys.platform == "win32" else {"KernelManager": {"transport": "ipc"}})
+
+
+def share_imports() -> None:
+    """Let each kernel that this process starts from now on begin as such a copy."""
+    if COPIED:
+        # Read when matplotlib is imported; a kernel would have set it before.
+        os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+        factory = KernelProvisionerFactory.instance()
+        entry = EntryPoint("copied", f"{__name__}:CopiedKernel", factory.GROUP_NAME)
+        factory.provisioners[entry.name] = entry
+        factory.default_provisioner_name = entry.name
+
+
+class CopiedKernel(LocalProvisioner):
+    """Starts a kernel as a copy, where jupyter_client would start a program."""
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
+        """Start the kernel that the command line `cmd` asks for, and return where to reach it."""
+        file = cmd[cmd.index("-f") + 1]
+        self.process: Any = Child(file, kwargs["env"], str(kwargs.get("cwd") or os.getcwd()))
+        self.pid = self.pgid = self.process.pid
+        return self.connection_info
+
+
+class Child:
+    """The copy, with the methods of subprocess.Popen that jupyter_client uses."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, file: str, env: dict[str, str], folder: str) -> None:
+        self.process = get_context("forkserver").Process(target=serve, args=(file, env, folder))
+        self.process.start()
+        self.pid = self.process.pid or 0
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while the kernel runs."""
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        """Wait for the end of the kernel and return its exit status."""
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the kernel."""
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask the kernel to end."""
+        self.process.terminate()
+
+    def kill(self) -> None:
+        """End the kernel."""
+        self.process.kill()
+
+
+def serve(file: str, env: dict[str, str], folder: str) -> None:
+    """Be the kernel of the connection `file`, with these variables, in this folder."""
+    os.setsid()  # so that an interrupt reaches what the kernel has started
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    forget()
+    Thread(target=follow, daemon=True).start()
+    from ipykernel.kernelapp import launch_new_instance
+
+    try:
+        # Its parent, the server of copies, tells it nothing: see `follow`.
+        launch_new_instance(argv=["-f", file, "--IPKernelApp.parent_handle=1"])
+    finally:
+        atexit._run_exitfuncs()  # such as removing temporary folders; a copy's end runs none
+
+
+def forget() -> None:
+    """Leave this package out of what a notebook can import, as it is when a reader opens it."""
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (HERE, HERE.parent)]
+    for name in [name for name in sys.modules if name.split(".")[0] == __package__]:
+        del sys.modules[name]
+
+
+def follow() -> None:
+    """End when the process that asked for this kernel has ended."""
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
