@@ -32,7 +32,7 @@ def accuracy_over_epochs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
             ax.plot(run["epoch"], run["top1"], label=None if j else name, **look)
         cuts = runs[runs["kind"] == "prune"]
         ax.plot(cuts["epoch"], cuts["top1"], "X", color=look["color"], markersize=9)
-    return _legend(ax, "× after a cut")
+    return _legend_above(ax, title="× after a cut", ncols=2)
 
 
 def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -215,7 +215,10 @@ def kept_weights(
 
     They are drawn side by side, each under its name; `label` is that of the colours, from 0 to 1.
     """
-    ax = _axes(ax, "input maps", "output maps")
+    sizes = np.array([np.shape(share) for share in shares.values()])
+    # Of the figure's width, the panels have about 3.6 inches.
+    height = min(4.0, 1 + 3.6 * sizes[:, 0].max() / (1.2 * sizes[:, 1].sum()))
+    ax = _axes(ax, "input maps", "output maps", height=height)
     ax.grid(visible=False)
     left = 0.0
     for name, share in shares.items():
@@ -263,9 +266,9 @@ def _method(row: "pd.Series[Any]") -> str:
     return f"{row['recipe']}, {cuts:.0f} cuts" if cuts > 1 else str(row["recipe"])
 
 
-def _axes(ax: Axes | None, xlabel: str, ylabel: str, rows: int = 0) -> Axes:
+def _axes(ax: Axes | None, xlabel: str, ylabel: str, rows: int = 0, height: float = 0) -> Axes:
     if ax is None:
-        height = max(3.4, 1 + 0.35 * rows)
+        height = height or max(3.4, 1 + 0.35 * rows)
         ax = plt.subplots(figsize=(5.0, height), dpi=180, layout="constrained")[1]
     ax.figure.patch.set_alpha(0.0)
     ax.patch.set_alpha(0.0)
@@ -286,15 +289,15 @@ def _grey(bar: Any) -> None:
     bar.outline.set_edgecolor(INK)
 
 
-def _legend(ax: Axes, title: str = "") -> Axes:
+def _legend(ax: Axes, **look: Any) -> Axes:
     if ax.get_legend_handles_labels()[1]:
-        legend = ax.legend(frameon=False, labelcolor=INK, fontsize="small", title=title)
+        legend = ax.legend(frameon=False, labelcolor=INK, fontsize="small", **look)
         legend.get_title().set(color=INK, fontsize="small")
     return ax
 
 
-def _legend_above(ax: Axes) -> Axes:
-    if legend := _legend(ax).get_legend():
+def _legend_above(ax: Axes, **look: Any) -> Axes:
+    if legend := _legend(ax, **look).get_legend():
         legend.set_loc("lower left")
         legend.set_bbox_to_anchor((0, 1), ax.transAxes)
     return ax
