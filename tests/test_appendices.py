@@ -15,6 +15,8 @@ from unittest.mock import Mock
 import nbformat
 import pytest
 import yaml
+from docutils import nodes
+from docutils.utils import new_document
 from IPython.core.inputtransformer2 import TransformerManager
 from torch import Tensor
 
@@ -32,6 +34,7 @@ RECORDS = reruns.committed(build.BOOK / "records")
 sys.path.append(str(build.BOOK / "_ext"))  # as Sphinx does with local extensions
 quiz: Any = importlib.import_module("quiz")
 repository: Any = importlib.import_module("repository")
+spaces: Any = importlib.import_module("spaces")
 
 
 # The API reference
@@ -503,6 +506,16 @@ def test_buttons_lead_to_the_repository(tmp_path: Path) -> None:
     assert "https://mybinder.org/v2/gh/someone/book/main" in text
     assert "https://github.com/someone/book/edit/main/book/page.ipynb" in text
     assert "https://github.com/someone/book/issues/new" in text
+
+
+def test_a_line_ends_between_no_number_and_its_percent_sign() -> None:
+    percent = nodes.paragraph(
+        "", "", nodes.Text("98 % of 5 weights, in "), nodes.literal("", "9 %")
+    )
+    page = new_document("page")
+    page += percent
+    spaces.tie(Mock(), page)
+    assert percent.astext() == "98\N{NO-BREAK SPACE}% of 5 weights, in 9 %"
 
 
 def test_words_are_spelt_right() -> None:
