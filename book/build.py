@@ -96,7 +96,8 @@ def build(book: Path, target: Path, profile: str = "smoke") -> Path:
     # time; but large runs take the machine for themselves. In threads, papermill would leave its
     # event loops open.
     jobs = (os.cpu_count() or 1) + 1 if profile == "smoke" else 1
-    with ProcessPoolExecutor(jobs, get_context("spawn"), kernels.share_imports) as pool:
+    begin = kernels.share_imports if profile == "smoke" else None  # to be copied, it has one thread
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin) as pool:
         runs = list(pool.map(partial(run_page, book, stage, profile), notebook_names(book)))
     fill(stage, runs)
     index = make_pages(stage, book.parent / "_config.yml", target)
@@ -163,7 +164,6 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], folder: Path
         parameters=parameters,
         cwd=str(folder),
         progress_bar=False,
-        config=kernels.LOCAL,
     )
     notebook = nbformat.read(target, as_version=4)
     run.files = probes.files_read(notebook)

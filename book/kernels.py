@@ -16,7 +16,6 @@ from typing import Any
 
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
-from traitlets.config import Config
 
 COPIED = sys.platform == "linux"  # elsewhere a copy of a process that has imported torch can fail
 IMPORTED = (
@@ -26,8 +25,6 @@ IMPORTED = (
     "torchvision",
 )
 HERE = Path(__file__).parent
-# Sockets that are files of this user; those of a network can be reached by others.
-LOCAL = Config({} if sys.platform == "win32" else {"KernelManager": {"transport": "ipc"}})
 
 
 def share_imports() -> None:
@@ -97,15 +94,18 @@ def serve(file: str, env: dict[str, str], folder: str) -> None:
     from ipykernel.kernelapp import launch_new_instance
 
     try:
-        # Its parent, the server of copies, tells it nothing: see `follow`.
-        launch_new_instance(argv=["-f", file, "--IPKernelApp.parent_handle=1"])
+        # Its parent, the server of copies, tells it nothing: see `follow`. Kernels warn that what
+        # they send to this machine alone is not encrypted.
+        options = ["--IPKernelApp.parent_handle=1", "--IPKernelApp.log_level=ERROR"]
+        launch_new_instance(argv=["-f", file, *options])
     finally:
         atexit._run_exitfuncs()  # such as removing temporary folders; a copy's end runs none
 
 
 def forget() -> None:
     """Leave this package out of what a notebook can import, as it is when a reader opens it."""
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (HERE, HERE.parent)]
+    own = [path for path in sys.path if Path(path).resolve().is_relative_to(HERE)]
+    sys.path[:] = [path for path in sys.path if path not in (*own, str(HERE.parent))]
     for name in [name for name in sys.modules if name.split(".")[0] == __package__]:
         del sys.modules[name]
 
