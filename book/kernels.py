@@ -5,12 +5,13 @@ has twenty. A copy has them already; all else that a kernel has is its own.
 """
 
 import atexit
+import json
 import os
 import signal
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from multiprocessing import get_context, parent_process
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -24,7 +25,6 @@ IMPORTED = (
     "swdlib.plots",
     "torchvision",
 )
-HERE = Path(__file__).parent
 
 
 def share_imports() -> None:
@@ -103,9 +103,9 @@ def serve(file: str, env: dict[str, str], folder: str) -> None:
 
 
 def forget() -> None:
-    """Leave this package out of what a notebook can import, as it is when a reader opens it."""
-    own = [path for path in sys.path if Path(path).resolve().is_relative_to(HERE)]
-    sys.path[:] = [path for path in sys.path if path not in (*own, str(HERE.parent))]
+    """Leave what can be imported as it is in a new process, without this package."""
+    asked = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
+    sys.path[:] = json.loads(subprocess.run(asked, capture_output=True, check=True).stdout)
     for name in [name for name in sys.modules if name.split(".")[0] == __package__]:
         del sys.modules[name]
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -42,9 +43,11 @@ print(folder.name)"""
 
 @pytest.fixture(scope="module")
 def copying() -> Iterator[ProcessPoolExecutor]:
-    """A process whose kernels are copies, as the build of the book has."""
+    """A process whose kernels are copies, as the build of the book has; it has more to import."""
+    sys.path.append(str(Path(__file__).parent))
     with ProcessPoolExecutor(1, get_context("spawn"), kernels.share_imports) as pool:
         yield pool
+    sys.path.remove(str(Path(__file__).parent))
 
 
 def outputs(folder: Path, *sources: str) -> list[Any]:
