@@ -159,11 +159,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], folder: Path
     print(f"Running {source.name} {parameters or ''}", flush=True)
     nbformat.write(probes.added(source), target)
     papermill.execute_notebook(
-        str(target),
-        str(target),
-        parameters=parameters,
-        cwd=str(folder),
-        progress_bar=False,
+        str(target), str(target), parameters=parameters, cwd=str(folder), progress_bar=False
     )
     notebook = nbformat.read(target, as_version=4)
     run.files = probes.files_read(notebook)

@@ -15,6 +15,7 @@ import pytest
 from nbclient.exceptions import DeadKernelError
 
 from book import build, kernels
+from tests.test_book import code, stored
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,11 +53,8 @@ def copying() -> Iterator[ProcessPoolExecutor]:
 
 def outputs(folder: Path, *sources: str) -> list[Any]:
     """Run a notebook of these cells in `folder` and return what they put out, without pictures."""
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
-    nbformat.write(notebook, folder / "small.ipynb")
-    build.execute(folder / "small.ipynb", folder / "out.ipynb", {}, folder=folder)
+    source = stored(folder, *map(code, sources))
+    build.execute(source, folder / "out.ipynb", {}, folder=folder)
     ran = nbformat.read(folder / "out.ipynb", as_version=4).cells
     return [
         output.get("text") or sorted(output.data) for cell in ran for output in cell.get("outputs")
