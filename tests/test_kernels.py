@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,6 +15,7 @@ from nbclient.exceptions import DeadKernelError
 
 from book import build, kernels
 from tests.test_book import code, stored
+from tests.test_places import wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -99,26 +99,18 @@ def test_copy_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
         target=share_and_run, args=(tmp_path, f"{wait}\ntime.sleep(600)")
     )
     asking.start()
-    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
     kernel = int((tmp_path / "pid").read_text())
     assert alive(kernel)
     os.kill(asking.pid or 0, signal.SIGKILL)
     asking.join()
-    until(lambda: not alive(kernel))
+    wait_for(lambda: not alive(kernel))
 
 
 def share_and_run(folder: Path, source: str) -> None:
     """Run a cell in a copy."""
     kernels.share_imports()
     outputs(folder, source)
-
-
-def until(holds: Any) -> None:
-    """Wait until something holds, for a minute at most."""
-    end = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < end, "waited for a minute in vain"
-        time.sleep(0.1)
 
 
 def alive(process: int) -> bool:
