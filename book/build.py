@@ -202,6 +202,7 @@ def fill(stage: Path, runs: list[reruns.Run]) -> None:
         "pages": lambda: reruns.every_page(runs),
         "grids": lambda: reruns.every_grid(stage / "grids"),
         "records": lambda: reruns.every_record(records),
+        "picture": lambda: reruns.picture(records),
         "expected": lambda: reruns.expected(records),
         "slides": lambda: slides.listing(stage, [run.name for run in runs]),
     }

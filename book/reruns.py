@@ -13,7 +13,8 @@ import papermill
 
 from book.api import escaped
 from swdlib.config import PROFILES, Config
-from swdlib.records import NOT_ADDRESSED, load
+from swdlib.interactive import weights_over_training
+from swdlib.records import NOT_ADDRESSED, load, path_of
 from swdlib.sweeps import read_grid
 
 SETTINGS = {setting.name: setting for setting in fields(Config)}
@@ -205,6 +206,16 @@ def every_grid(folder: Path) -> str:
         link = f"{{download}}`{path.name} <grids/{path.name}>`"
         rows.append([link, purpose, f"`{command}`", len(read_grid(path))])
     return table(["grid", "what for", "command", "runs"], rows)
+
+
+def picture(folder: Path) -> str:
+    """Return the weights of a run of SWD on record, a slider over its epochs, and how it ended."""
+    config = Config(profile="laptop", recipe="swd", sparsity=0.98, lr=0.4, precision="bf16")
+    rows = load(path_of(config.settings(), folder)).rows
+    trained = [row for row in rows if row["kind"] == "train"]
+    slider = weights_over_training({f"epoch {row['epoch']}": row["weights"] for row in trained})
+    top1 = [f"{row['top1']:.2f} %" for row in (trained[-1], rows[-1])]
+    return f"{slider.text}\n\nTop-1 accuracy is {top1[0]} before the cut and {top1[1]} after it."
 
 
 def committed(folder: Path) -> list[Path]:

@@ -103,11 +103,17 @@ def _histograms_csv(histograms: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _limits(counts: Any) -> dict[str, tuple[float, float]]:
-    """Axes that hold all histograms, rows of `counts`."""
+    """Axes that hold all histograms, rows of `counts`.
+
+    The first bin also counts whatever is smaller, and may stand out of the picture.
+    """
     edges = np.logspace(*HISTOGRAM_RANGE, counts.shape[1] + 1)
     filled = np.flatnonzero(counts.sum(axis=0))
     first, last = (filled[0], filled[-1]) if filled.size else (0, counts.shape[1] - 1)
-    return {"xlim": (edges[first], edges[last + 1]), "ylim": (0, 1.05 * max(counts.max(), 1))}
+    return {
+        "xlim": (edges[first], edges[last + 1]),
+        "ylim": (0, 1.05 * max(counts[:, 1:].max(), 1)),
+    }
 
 
 def _in_words(histogram: Mapping[str, Any]) -> str:

@@ -294,6 +294,13 @@ def test_expected_results_are_over_seeds_alone(tmp_path: Path) -> None:
     ]
 
 
+def test_first_page_shows_each_epoch_of_a_run_on_record() -> None:
+    text = reruns.picture(build.BOOK / "records")
+    assert re.findall(r'data-label="(.*?)"', text) == [f"epoch {i}" for i in range(1, 11)]
+    before, after = (float(top1) for top1 in re.findall(r"(\d+\.\d\d) %", text)[-2:])
+    assert abs(before - after) < 0.5
+
+
 def test_records_of_trials_are_not_those_of_the_book(tmp_path: Path) -> None:
     for profile in ("smoke", "laptop"):
         config = Config(profile=profile).settings()
