@@ -10,14 +10,27 @@ import matplotlib.pyplot as plt
 import nbformat
 import papermill
 import pytest
+from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from matplotlib.axes import Axes
 from papermill.exceptions import PapermillExecutionError
 
+from book import kernels
 from book.build import BOOK, INSTALLS, notebook_names
 from swdlib.notebooks import check_parameters, figure_csv
 
 OWN = "# None: as before.\nsparsity: float = 0.9  # removed\nepochs: int = None\n"
 NAMES = notebook_names(BOOK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def copied_kernels() -> Iterator[None]:
+    """Let kernels begin as copies, which saves each of them the import of its libraries."""
+    factory = KernelProvisionerFactory.instance()
+    with pytest.MonkeyPatch.context() as restored:
+        restored.setattr(factory, "default_provisioner_name", factory.default_provisioner_name)
+        restored.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        kernels.share_imports()
+        yield
 
 
 @pytest.mark.parametrize(
