@@ -211,11 +211,15 @@ def every_grid(folder: Path) -> str:
 def picture(folder: Path) -> str:
     """Return the weights of a run of SWD on record, a slider over its epochs, and how it ended."""
     config = Config(profile="laptop", recipe="swd", sparsity=0.98, lr=0.4, precision="bf16")
-    rows = load(path_of(config.settings(), folder)).rows
+    path = path_of(config.settings(), folder)
+    rows = load(path).rows
     trained = [row for row in rows if row["kind"] == "train"]
     slider = weights_over_training({f"epoch {row['epoch']}": row["weights"] for row in trained})
-    top1 = [f"{row['top1']:.2f} %" for row in (trained[-1], rows[-1])]
-    return f"{slider.text}\n\nTop-1 accuracy is {top1[0]} before the cut and {top1[1]} after it."
+    before, after = (f"{row['top1']:.2f} %" for row in (trained[-1], rows[-1]))
+    link = file_link(f"records/{path.relative_to(folder)}")
+    return (
+        f"{slider.text}\n\nTop-1 accuracy is {before} before the cut and {after} after it: {link}."
+    )
 
 
 def committed(folder: Path) -> list[Path]:

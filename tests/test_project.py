@@ -119,6 +119,12 @@ def test_module_imports_only_what_lies_before_it(module: str) -> None:
     assert siblings(module) <= reachable(module)
 
 
+def test_map_of_the_library_shows_each_module_once() -> None:
+    page = (ROOT / "book" / "api.md").read_text("utf-8")
+    rows = re.findall(r"^\| [A-Z].*\|$", page.split("## schedules")[0], re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == MODULES
+
+
 def test_what_stands_for_the_code_of_a_run_is_all_that_it_imports() -> None:
     deciding, found = {"experiments"}, {"experiments"}
     while found:
