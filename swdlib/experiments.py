@@ -19,7 +19,7 @@ from swdlib import records
 from swdlib.config import Config, phases_of
 from swdlib.data import AnyDataset, load_data
 from swdlib.devices import Tracker, find_device, is_main_process, main_process_first
-from swdlib.evaluation import evaluate
+from swdlib.evaluation import evaluate, renewed
 from swdlib.files import write_whole
 from swdlib.masks import NotFinite
 from swdlib.metrics import count_macs, in_eval, latencies, parameters
@@ -109,6 +109,7 @@ def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str
         rows = train(model, data, phases_of(config, example), **options)
         if config.structure in LEAVING:
             rows.append(_shrunk(model, data, example, rows[-1]))
+        rows[-1] |= _renewed(model, data)
     except NotFinite as error:
         return Record(settings, [], {**facts, "error": str(error)}, status="diverged")
     return Record(settings, rows, facts)
@@ -130,6 +131,13 @@ def _shrunk(model: nn.Module, data: AnyDataset, example: Tensor, last: Row) -> R
         "latency_ms": 1000 * seconds["shrunk"],
         "dense_latency_ms": 1000 * seconds["dense"],
     }
+
+
+def _renewed(model: nn.Module, data: AnyDataset) -> Row:
+    """What the last row has besides: the network measured with new batch-norm statistics."""
+    fresh = renewed(model, data)
+    measured = evaluate(fresh, data) if fresh else {}
+    return {f"renewed_{name}": value for name, value in measured.items()}
 
 
 def provenance(data: AnyDataset) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swdlib.evaluation import evaluate
+from swdlib.evaluation import evaluate, renewed
 from tests.test_training import toy_data
 
 
@@ -26,3 +26,44 @@ def test_evaluate_by_hand() -> None:
     miss = math.log(math.exp(2) + 2)
     assert measured["loss"] == pytest.approx(share * hit + (1 - share) * miss)
     assert model.training
+
+
+class Scaled(nn.Module):
+    """Batch norm of the first pixel, and a class for each sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        value = self.norm(images.flatten(1)[:, :1])
+        return torch.cat([value, -value, torch.zeros_like(value)], dim=1)
+
+
+def test_renewed_statistics_are_those_of_the_training_images() -> None:
+    data, model = toy_data(), Scaled()
+    model.norm.running_mean = torch.tensor([1e3])  # as if the weights had moved far
+    fresh = renewed(model, data, batch_size=4)
+    assert isinstance(fresh, Scaled) and not fresh.training
+    batches = [images.flatten(1)[:, 0] for images, _ in data.train_batches(4, seed=0, epoch=0)]
+    mean = torch.stack([batch.mean() for batch in batches]).mean()
+    var = torch.stack([batch.var() for batch in batches]).mean()
+    torch.testing.assert_close(fresh.norm.running_mean, mean[None])
+    torch.testing.assert_close(fresh.norm.running_var, var[None])
+    assert model.training and model.norm.running_mean == 1e3  # as it was
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True)
+    )
+
+
+def test_as_many_batches_are_read_as_asked() -> None:
+    data, model = toy_data(), Scaled()
+    fresh = renewed(model, data, batch_size=4, batches=1)
+    first = next(data.train_batches(4, seed=0, epoch=0))[0].flatten(1)[:, 0]
+    assert isinstance(fresh, Scaled)
+    torch.testing.assert_close(fresh.norm.running_mean, first.mean()[None])
+
+
+def test_without_batch_norm_there_is_nothing_to_renew() -> None:
+    assert renewed(nn.Linear(2, 3), toy_data()) is None
+    assert renewed(nn.BatchNorm1d(1, track_running_stats=False), toy_data()) is None

@@ -56,6 +56,7 @@ def test_every_recipe_makes_a_record(recipe: str, structure: str, tmp_path: Path
     assert record.provenance["dataset"]["train_images"] == 1437
     assert record.provenance["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record.provenance["code"]["digest"] == experiments.code_digest()
+    assert ("renewed_top1" in final) == (config.model == "cnn")  # an mlp has no batch norm
     if recipe == "dense":
         assert final["sparsity"] == 0
     elif structure == "weights":
