@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import nn
 
 from swdlib import records
@@ -22,6 +20,7 @@ from swdlib.history import code_of
 from swdlib.metrics import parameters
 from swdlib.models import build_model
 from swdlib.records import Record
+from swdlib.sparse_files import load_sparse
 from swdlib.structures import is_prunable
 
 # Of the data in whole and of what is left of it if a fraction is held out, as (dataset, fraction).
@@ -35,6 +34,9 @@ FINGERPRINTS = {
 
 # Digests of code that was never committed; there are records made by it.
 UNCOMMITTED = {"c8535b62156a": "of 2026-11-24, between the commits 3a5a4a4 and 568343d"}
+
+# Arithmetic other than that of the weights.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # How far figures may be from the record's when they are computed again: on other machines, sums
 # are made in another order. Relative for the loss, in points for the Top-1 accuracy.
@@ -190,12 +192,14 @@ def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
     found.figures = "computed again"
     try:
         network = build(Config(**{**record.config, "device": "cpu"}), data)
-        load_model(network, path)
-    except (SafetensorError, RuntimeError, TypeError, OSError) as error:
+        load_sparse(network, path)
+    except (ValueError, TypeError, OSError) as error:
         found.problems.append(f"{path.name} does not hold its network: {error}")
         return
-    measured, last = evaluate(network, data), record.final
-    relative, points = TOLERANCE[record.config["precision"]]
+    precision, last = record.config["precision"], record.final
+    with torch.autocast("cpu", DTYPES.get(precision), enabled=precision in DTYPES):
+        measured = evaluate(network, data)
+    relative, points = TOLERANCE[precision]
     for name, slack in (("loss", relative * last["loss"]), ("top1", points)):
         if not abs(measured[name] - last[name]) <= slack + 1e-9:
             found.problems.append(f"{name} is {measured[name]:.4f}, not {last[name]:.4f}")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -20,12 +19,13 @@ from swdlib.config import Config, phases_of
 from swdlib.data import AnyDataset, load_data
 from swdlib.devices import Tracker, find_device, is_main_process, main_process_first
 from swdlib.evaluation import evaluate, renewed
-from swdlib.files import write_whole
 from swdlib.masks import NotFinite
 from swdlib.metrics import count_macs, in_eval, latencies, parameters
 from swdlib.models import build_model
 from swdlib.records import Record
 from swdlib.shrinking import shrink
+from swdlib.sparse_files import save_sparse
+from swdlib.structures import is_prunable
 from swdlib.training import Options, Row, train
 
 # Modules without which a run is the same to the bit: what shows results, or uses a network after.
@@ -33,7 +33,7 @@ UNDECIDING = (
     *("__init__", "audits", "checks", "claims"),
     *("cli", "deploy", "dryruns", "history", "imagenet"),
     *("interactive", "notebooks", "onnx_files", "places", "plots"),
-    *("sparse_files", "sparse_kernels", "sweeps"),
+    *("sparse_kernels", "sweeps"),
 )
 
 # Structures whose units leave the network for good, so that it is measured once more without them.
@@ -50,8 +50,8 @@ def run(
     """The record of `config`: read from `folder` if it is there, otherwise trained and written.
 
     A run that was stopped resumes from its checkpoint below `folder`. Beside the record lies the
-    trained network, as .safetensors. `again` trains even so. The default folder is
-    `records.default_folder()`.
+    trained network, as a sparse file (see `deploy.load_sparse`). `again` trains even so. The
+    default folder is `records.default_folder()`.
     """
     folder = Path(folder or records.default_folder())
     path = records.path_of(config.settings(), folder)
@@ -68,11 +68,17 @@ def run(
         options["log_to"] = Tracker(config.tracker, trackers, path.stem, config.settings())
     record = _train(config, model, data, options)
     if is_main_process():
-        network = path.with_suffix(".safetensors")
-        write_whole(network, lambda file: save_model(model, str(file)))
+        _save(model, path.with_suffix(".safetensors"))
         records.save(record, folder)
         checkpoint.unlink(missing_ok=True)
     return record
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    """Write the network, without its zeros."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if is_prunable(p)}
+    # Only the zero without a sign is what a sparse file leaves out.
+    save_sparse(model, {name: (w != 0) | w.signbit() for name, w in weights.items()}, path)
 
 
 def build(config: Config, data: AnyDataset) -> nn.Module:

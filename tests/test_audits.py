@@ -1,5 +1,6 @@
 """Audits: a sound record passes; each kind of tampering is found."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -8,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from swdlib import cli, history, records
+from swdlib import audits, cli, history, records
 from swdlib.audits import Audit, audit, audit_all
 from swdlib.config import Config
 from swdlib.data import load_data
-from swdlib.experiments import run
+from swdlib.experiments import build, run
 from swdlib.history import Commit
+from swdlib.sparse_files import load_sparse, save_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Config(epochs=2, width=4, sparsity=0.5)
@@ -113,6 +115,15 @@ def test_tampering_is_found(kind: str, folder: Path, monkeypatch: pytest.MonkeyP
     assert str(found).startswith("WRONG")
 
 
+def test_figures_are_computed_again_in_the_arithmetic_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audits, "TOLERANCE", {"bf16": (1e-5, 0.01)})
+    run(dataclasses.replace(CONFIG, precision="bf16"), tmp_path, progress=False)
+    [found] = audit_all(tmp_path)
+    assert (found.figures, found.problems) == ("computed again", [])
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"rows"', '{"config": {}, "rows": []}'])
 def test_what_is_no_record_is_found(text: str, folder: Path) -> None:
     record_in(folder).write_text(text, "utf-8")
@@ -135,11 +146,15 @@ def test_older_code_is_told_and_no_error(folder: Path, monkeypatch: pytest.Monke
 
 def test_another_network_beside_the_record_is_found(folder: Path) -> None:
     path = record_in(folder).with_suffix(".safetensors")
-    tensors = load_file(path)
-    name = next(name for name, tensor in tensors.items() if (tensor == 0).any() and tensor.ndim > 1)
-    weight = tensors[name]
-    weight[tuple((weight == 0).nonzero()[0])] = 1e-20  # one weight too many
-    save_file(tensors, path)
+    config = Config(**json.loads(record_in(folder).read_text("utf-8"))["config"])
+    network = build(config, load_data("digits"))
+    masks = load_sparse(network, path)
+    name, mask = next((name, mask) for name, mask in masks.items() if not mask.all())
+    place = tuple((~mask).nonzero()[0])
+    with torch.no_grad():
+        network.get_parameter(name)[place] = 1e-20  # one weight too many
+    mask[place] = True
+    save_sparse(network, masks, path)
     [found] = audit_all(folder)
     [problem] = found.problems
     assert "weights are zero, not" in problem

@@ -65,7 +65,7 @@ LAYERS: dict[str, set[str]] = {
     "evaluation": {"metrics"},
     "training": {"checkpoints", "devices", "recipes", "evaluation"},
     "config": {"data", "devices", "models", "recipes"},
-    "experiments": {"config", "training", "records", "shrinking"},
+    "experiments": {"config", "training", "records", "shrinking", "sparse_files"},
     "dryruns": {"experiments"},
     "plots": {"records"},
     "interactive": {"plots"},
