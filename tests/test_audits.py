@@ -207,5 +207,20 @@ def test_the_records_of_the_book_are_sound(
     assert all(line.startswith("sound  ") for line in lines)
 
 
+@pytest.mark.slow
+def test_a_network_of_the_book_measures_as_its_record_says(
+    cifar10_folder: Path, tmp_path: Path
+) -> None:
+    config = Config(
+        profile="laptop", recipe="swd_rising", sparsity=0.95, a_min=1.0, lr=0.4, precision="bf16"
+    )
+    path = records.path_of(config.settings(), ROOT / "book" / "records")
+    (tmp_path / "laptop").mkdir()
+    for file in (path, path.with_suffix(".safetensors")):
+        shutil.copy(file, tmp_path / "laptop")
+    [found] = audit_all(tmp_path, cifar10_folder)
+    assert (found.data, found.figures, found.problems) == (*["computed again"] * 2, [])
+
+
 def test_a_record_can_be_audited_alone(made: Path) -> None:
     assert audit(record_in(made)).problems == []
