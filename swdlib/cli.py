@@ -13,11 +13,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from swdlib import records
 from swdlib.audits import audit_all
 from swdlib.claims import Busy
 from swdlib.config import Config, type_of
-from swdlib.devices import is_main_process
+from swdlib.devices import find_device, is_main_process
 from swdlib.dryruns import dry_run
 from swdlib.places import BUSY, local, on_ray, run_alone
 from swdlib.records import load_records
@@ -137,6 +139,7 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 def _run(options: argparse.Namespace) -> None:
     config = Config(**_given(options))
+    _warn_of_emulation([config])
     if options.dry_run:
         estimate = dry_run(config)
         if is_main_process():
@@ -154,6 +157,7 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.on == "ray":
         where = on_ray(folder, cpus=options.cpus, gpus=options.gpus, address=options.address)
     else:
+        _warn_of_emulation(configs)
         where = local(folder, options.jobs)
     with where as place:
         outcomes = list(sweep(configs, folder, place, retries=options.retries, tell=_say))
@@ -165,6 +169,13 @@ def _sweep(options: argparse.Namespace) -> None:
     if failed:
         lines = [f"\n  {outcome.config.title()}: {outcome.error}" for outcome in failed]
         raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed:{''.join(lines)}")
+
+
+def _warn_of_emulation(configs: Sequence[Config]) -> None:
+    """Say before hours are lost that this processor has to emulate bf16."""
+    here = (c for c in configs if c.precision == "bf16" and find_device(c.device).type == "cpu")
+    if torch.backends.cpu.get_cpu_capability() == "AVX2" and any(here):
+        print("swdlib: bf16 is slow on this processor: try --precision fp32", file=sys.stderr)
 
 
 def _say(line: str) -> None:

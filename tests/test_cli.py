@@ -46,6 +46,25 @@ def test_a_tracked_run_has_the_same_record(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.json"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("processor", "precision", "warned"),
+    [("AVX2", "bf16", True), ("AVX2", "fp32", False), ("AVX512", "bf16", False)],
+)
+def test_emulated_bf16_is_announced(
+    processor: str,
+    precision: str,
+    warned: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: processor)
+    more = ["--precision", precision, "--device", "cpu", "--records", str(tmp_path)]
+    for command in ("run", "sweep"):
+        cli.main([command, *QUICK, *more])
+        assert ("try --precision fp32" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.slow
 def test_sweep_takes_several_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = ["--recipe", "dense", "swd", "--sparsity", "0.5"]
