@@ -1,5 +1,6 @@
 """Baselines: what the methods that SWD is compared with attach to an optimizer."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from swdlib.criteria import Criterion, batch_norm_scale, magnitude
 from swdlib.masks import (
     Masks,
     apply_,
+    check_reachable,
     check_sparsity,
     find_groups,
     fitted,
@@ -69,6 +71,7 @@ class GradualPruning(joins.Joined):
         self._movement = Movement()
         for progress in (0.0, 1.0):  # a schedule's mistakes come to light before training starts
             check_sparsity(self._sparsity(progress))
+        check_reachable(self.groups, self._sparsity(1.0), allocation)
 
     @property
     def sparsity(self) -> float:
@@ -116,7 +119,10 @@ class GradualPruning(joins.Joined):
         for units in (state["chosen"], state["reported"]):
             check_units(self.groups, units)
         self.step, self.masks = state["step"], masks
-        self._chosen, self._movement.units = list(state["chosen"]), list(state["reported"])
+        self._chosen, self._movement.units = (
+            _placed(state["chosen"], self.groups),
+            list(state["reported"]),
+        )
 
 
 class RareSelection(SelectiveWeightDecay):
@@ -149,7 +155,13 @@ class RareSelection(SelectiveWeightDecay):
         held = state.get("held", [])
         check_units(self.groups, held)
         super().load_state_dict(own)
-        self._held = list(held)
+        self._held = _placed(held, self.groups)
+
+
+def _placed(units: Sequence[Tensor], groups: Sequence[Group]) -> list[Tensor]:
+    """The units on the devices of their groups: those of a checkpoint are on the CPU, or none."""
+    pairs = zip(units, groups, strict=False)
+    return [chosen.to(group.parameter.device) for chosen, group in pairs]
 
 
 def _own_weights(group: Group) -> Group:

@@ -60,7 +60,8 @@ def _names(model: Any, dense: nn.Module) -> Check:
     remedy = "return the network itself: it need not be wrapped, renamed or rebuilt"
     if not isinstance(model, nn.Module):
         return Check("names", False, f"got {type(model).__name__}, not a network", remedy)
-    before, after = ({n: t.shape for n, t in m.state_dict().items()} for m in (dense, model))
+    kinds = ({n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (dense, model))
+    before, after = kinds
     differ = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
     found = f"{', '.join(differ[:3])} differ" if differ else f"all {len(before)} are as before"
     return Check("names", not differ, f"{found} in state_dict()", remedy)
@@ -96,11 +97,13 @@ def _sparsity(masks: Masks, sparsity: float) -> Check:
 
 def _zeros(model: nn.Module, masks: Masks) -> Check:
     parameters = dict(model.named_parameters())
-    alive = sum(
-        int(parameters[n][~m.to(parameters[n].device)].count_nonzero()) for n, m in masks.items()
-    )
+    removed = [parameters[n].detach()[~m.to(parameters[n].device)] for n, m in masks.items()]
+    # -0.0, which a product with a mask leaves, is not the zero that a sparse file leaves out.
+    alive = sum(int(((w != 0) | w.signbit()).sum()) for w in removed)
     found = f"{alive:,} of the removed weights are not zero" if alive else "all are exact"
-    remedy = "prune last; if training goes on, apply the masks after every step"
+    remedy = "prune last; if training goes on, call masks.apply_ after every step"
+    if alive and not any(int(w.count_nonzero()) for w in removed):
+        remedy = "they are -0.0, which a product with a mask leaves: call masks.apply_ instead"
     return Check("zeros", not alive, found, remedy)
 
 

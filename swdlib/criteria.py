@@ -23,7 +23,8 @@ def magnitude(parameter: Tensor) -> Tensor:
 def saliency(parameter: Tensor) -> Tensor:
     """|weight * gradient|: to first order, how much the loss changes if the weight goes.
 
-    Source: Molchanov et al. 2017, arXiv 1611.06440. Raises ValueError without a gradient.
+    Source: Molchanov et al. 2017, arXiv 1611.06440. Raises ValueError without a gradient. SWD's
+    gradient update adds its penalty to the gradients of a step, for those that rank after it.
     """
     if parameter.grad is None:
         raise ValueError("saliency needs gradients: call loss.backward() before it is used")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swdlib.metrics import count_correct
+from swdlib.metrics import count_correct, in_eval
 
 # Images evaluated at a time: a CPU is half as fast once the maps of a layer outgrow its caches.
 BATCH = 128
@@ -57,16 +57,14 @@ def sums_over_test(
     model: nn.Module, data: Data, loss: Callable[..., Tensor], batch_size: int, **share: int
 ) -> Tensor:
     """Loss, correct at 1, correct at 5 and images, summed over this process' test images."""
-    was_training = model.training
-    model.eval()
     sums = []
-    for images, labels in data.test_batches(batch_size, **share):
-        logits = model(images)
-        of_batch = loss(logits, labels, reduction="sum")
-        correct = [count_correct(logits, labels, k) for k in (1, 5)]
-        count = torch.tensor(len(labels), device=labels.device)
-        sums.append(torch.stack([of_batch.float(), *(n.float() for n in [*correct, count])]))
-    model.train(was_training)
+    with in_eval(model):
+        for images, labels in data.test_batches(batch_size, **share):
+            logits = model(images)
+            of_batch = loss(logits, labels, reduction="sum")
+            correct = [count_correct(logits, labels, k) for k in (1, 5)]
+            count = torch.tensor(len(labels), device=labels.device)
+            sums.append(torch.stack([of_batch.float(), *(n.float() for n in [*correct, count])]))
     return torch.stack(sums).sum(0)
 
 
@@ -96,4 +94,6 @@ def renewed(
         return None
     for images, _ in islice(data.train_batches(batch_size, seed=0, epoch=0), batches):
         copied(images)
+    if not norms[0].num_batches_tracked:
+        raise ValueError("statistics are measured on training images, and the data have none")
     return copied.eval()

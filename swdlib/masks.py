@@ -41,12 +41,19 @@ def find_groups(model: nn.Module, structure: Structure) -> list[Group]:
     """The structure's groups that hold weights; ValueError if there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {model!r}")
-    groups = [group for group in structure(model) if group.units]
+    name = getattr(structure, "__name__", repr(structure))
+    found = structure(model) if callable(structure) else None
+    if found is None or callable(found):  # filters itself returns a structure
+        raise TypeError(
+            "structure must be a function from a model to its groups, such as structures.weights "
+            f"or structures.filters(example), not {name!r}"
+        )
+    groups = [group for group in found if group.units]
     if not groups:
-        name = getattr(structure, "__name__", repr(structure))
         raise ValueError(
             f"{type(model).__name__} has nothing that structure {name!r} can prune: "
-            "it needs trainable parameters (requires_grad) of two or more dimensions"
+            "it needs trainable parameters (requires_grad) of two or more dimensions, in layers of "
+            "its kind"
         )
     return groups
 
@@ -191,6 +198,12 @@ def select_units(
     if any(isinstance(group, NofM | Coupled) for group in groups):
         _require_reached(groups, ranks, chosen, sparsity)
     return chosen
+
+
+def check_reachable(groups: Sequence[Group], sparsity: float, allocation: Allocation) -> None:
+    """Unreachable, as `select_units` would raise; what can be reached hangs on no score."""
+    if not are_single(groups):
+        select_units(groups, sparsity, magnitude, allocation)
 
 
 def _remove(groups: Sequence[Group], ranks: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -14,6 +14,7 @@ from swdlib.masks import (
     Masks,
     apply_,
     are_single,
+    check_reachable,
     check_sparsity,
     find_groups,
     fitted,
@@ -55,8 +56,8 @@ class SelectiveWeightDecay(joins.Joined):
         update: "gradient" adds a*mu*w* to the gradients before the step, as published; "proximal"
             divides w* by 1 + lr*a*mu after the step, which no strength can make diverge.
 
-    Raises ValueError or TypeError for an argument that is not allowed, and ValueError at any step
-    at which a weight is NaN or infinite.
+    Raises ValueError or TypeError for an argument that is not allowed, and ValueError at a step at
+    which a weight is NaN or infinite: on a CPU until `prune()`; on a GPU `report()` tells.
     """
 
     def __init__(
@@ -96,11 +97,15 @@ class SelectiveWeightDecay(joins.Joined):
                 "usually epochs * len(loader)"
             )
         check_not_negative("weight_decay", self.weight_decay)
+        for name, home in (("criterion", "criteria"), ("allocation", "allocations")):
+            if not callable(value := getattr(self, name)):
+                raise TypeError(f"{name} must be a function of swdlib.{home}, not {value!r}")
         if self.update not in get_args(Update):
             raise ValueError(f"update must be one of {get_args(Update)}, not {self.update!r}")
         for progress in (0.0, 1.0):  # a schedule's mistakes come to light before training starts
             check_sparsity(self._sparsity(progress))
             _check_strength(self._strength(progress))
+        check_reachable(self.groups, self._sparsity(1.0), self.allocation)
 
     @property
     def progress(self) -> float:
@@ -224,7 +229,9 @@ class SelectiveWeightDecay(joins.Joined):
     def prune(self) -> Masks:
         """Set w* to zero at the final sparsity and return the masks, True where a weight stays.
 
-        Weights stay zero through later steps of an attached optimizer; the penalty then rests.
+        Weights stay zero through later steps of an attached optimizer; the penalty then rests. A
+        criterion that reads gradients, as saliency does, finds the penalty in those of the last
+        step: call `zero_grad()` and `backward()` once more before.
         """
         self.masks = self._select(self._sparsity(1.0))
         apply_(self.model, self.masks)

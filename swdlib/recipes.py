@@ -49,6 +49,8 @@ class Train:
     def __post_init__(self) -> None:
         if not isinstance(self.epochs, int) or self.epochs < 1:
             raise ValueError(f"epochs must be a whole number of at least 1, not {self.epochs!r}")
+        if not callable(self.lr):
+            raise TypeError(f"lr must be a schedule, such as Constant(0.1), not {self.lr!r}")
 
 
 @dataclass(frozen=True)

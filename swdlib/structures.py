@@ -237,8 +237,9 @@ def _prunable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def weights(model: nn.Module) -> list[Group]:
     """Every weight for itself: all trainable parameters of two or more dimensions.
 
-    Biases and normalisation parameters are few and are not pruned; frozen parameters are left
-    alone; a parameter that several modules share is one group.
+    So biases and the scales of batch norm are not pruned, and embeddings, position codes and scales
+    of more dimensions are (layer scale, LayerNorm over several): leave these out with a structure
+    of your own. Frozen parameters are left alone; one that several modules share is one group.
     """
     return [Group(name, parameter) for name, parameter in _prunable(model)]
 

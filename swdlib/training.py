@@ -21,7 +21,16 @@ from tqdm import tqdm
 from swdlib import checkpoints
 from swdlib.devices import Precision, Tracker, make_accelerator
 from swdlib.evaluation import BATCH, Data, means, sums_over_test
-from swdlib.masks import Masks, NotFinite, apply_, emptied, find_groups, select, sparsity_of
+from swdlib.masks import (
+    Masks,
+    NotFinite,
+    apply_,
+    check_reachable,
+    emptied,
+    find_groups,
+    select,
+    sparsity_of,
+)
 from swdlib.metrics import count_correct, parameters, weight_histogram
 from swdlib.recipes import Penalty, Phase, Prune, Train
 from swdlib.structures import is_prunable
@@ -136,6 +145,7 @@ class _Loop:
         if self.options.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self._resume()
+        self._check_cuts()
         self.network = self.accelerator.prepare(self.model)
         if self.options.compile:
             self.network = torch.compile(self.network)
@@ -147,6 +157,13 @@ class _Loop:
             for tracker in self.accelerator.trackers:
                 tracker.finish()  # accelerate's end_training would part the processes as well
         return self.rows
+
+    def _check_cuts(self) -> None:
+        """Refuse a sparsity that cannot be reached before hours of training, not after them."""
+        for phase in self.phases:
+            if isinstance(phase, Prune):
+                groups = find_groups(self.model, phase.structure)
+                check_reachable(groups, phase.sparsity, phase.allocation)
 
     def _carry_out(self) -> None:
         while self.at.phase < len(self.phases):
@@ -160,7 +177,9 @@ class _Loop:
 
     def _cut(self, phase: Prune) -> None:
         groups = find_groups(self.model, phase.structure)
-        self.masks |= select(groups, phase.sparsity, phase.criterion, phase.allocation)
+        masks = select(groups, phase.sparsity, phase.criterion, phase.allocation)
+        # Another structure or a lower sparsity must not revive what an earlier cut removed.
+        self.masks |= {n: m & self.masks[n] if n in self.masks else m for n, m in masks.items()}
         apply_(self.model, self.masks)
         self._add_row("prune", {"emptied": len(emptied(self.masks))})
 
@@ -288,6 +307,7 @@ class _Loop:
         if self.options.checkpoint is None or not self.accelerator.is_main_process:
             return
         state = {
+            "run": self._identity(),
             "position": vars(self.at),
             "rows": self.rows,
             "totals": totals.cpu(),
@@ -299,10 +319,27 @@ class _Loop:
         }
         checkpoints.save(self.options.checkpoint, state)
 
+    def _identity(self) -> dict[str, Any]:
+        """What tells this run from others that a checkpoint may be of."""
+        phases = [
+            f"{p.epochs} epochs from {p.lr(0.0):g}"
+            if isinstance(p, Train)
+            else f"cut {p.sparsity:g}"
+            for p in self.phases
+        ]
+        settings = {"seed": self.options.seed, "batch_size": self.options.batch_size}
+        return {**settings, "phases": phases}
+
     def _resume(self) -> None:
         self.saved = checkpoints.load(self.options.checkpoint)
         if not self.saved:
             return
+        if self.saved.get("run") != self._identity():
+            raise ValueError(
+                f"{self.options.checkpoint} is the checkpoint of another run, of "
+                f"{self.saved.get('run')}, and this is {self._identity()}; "
+                "delete it or choose another file"
+            )
         self.at = _Position(**self.saved["position"])
         self.rows = self.saved["rows"]
         self.model.load_state_dict(self.saved["model"])

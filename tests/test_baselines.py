@@ -429,3 +429,24 @@ def test_a_rare_choice_survives_a_stop_and_what_does_not_fit_is_refused() -> Non
         resumed.load_state_dict({**penalty.state_dict(), "held": [torch.ones(3).bool()]})
     with pytest.raises(ValueError, match="every must be a whole number of at least 1, not 0"):
         RareSelection(model, **{**settings, "every": 0})
+
+
+@pytest.mark.parametrize("name", ["chosen", "held"])
+def test_units_of_a_checkpoint_go_to_the_device_of_the_model(name: str) -> None:
+    model = nn.Linear(4, 4)
+    kinds: dict[str, Any] = {
+        "chosen": partial(GradualPruning, every=1),
+        "held": partial(RareSelection, every=9),
+    }
+    first, second = (kinds[name](model, sparsity=0.5, steps=4) for _ in range(2))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    first.attach(optimizer)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    state = first.state_dict()
+    model.to("meta")  # stands for a GPU: the state is elsewhere
+    for group in second.groups:
+        object.__setattr__(group, "parameter", model.weight)
+    second.load_state_dict({**state, "masks": {}})
+    [units] = getattr(second, f"_{name}")
+    assert units.device.type == "meta"

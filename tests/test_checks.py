@@ -113,3 +113,22 @@ def test_neither_network_is_changed() -> None:
 def test_a_sparsity_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sparsity .* must be in \[0, 1\), not 95"):
         check_pruned(network(), {}, network(), sparsity=95, accuracy=lambda m: 90.0)
+
+
+def test_minus_zero_is_found_and_told_apart() -> None:
+    dense = network()
+    model, masks = pruned(dense)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = model.get_parameter(name)
+            weight.copy_(dense.get_parameter(name)).mul_(mask)  # negative ones become -0.0
+    checks = check(model, masks, dense)
+    assert failed(checks) == ["zeros"] and "which a product with a mask leaves" in str(
+        checks["zeros"]
+    )
+
+
+def test_a_network_of_another_type_of_numbers_is_found() -> None:
+    dense = network()
+    model, masks = pruned(dense)
+    assert failed(check(model.half(), masks, dense)) == ["names"]

@@ -1,12 +1,14 @@
 """Evaluation, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from swdlib.evaluation import evaluate, renewed
+from swdlib.images import Split
 from tests.test_training import toy_data
 
 
@@ -26,6 +28,20 @@ def test_evaluate_by_hand() -> None:
     miss = math.log(math.exp(2) + 2)
     assert measured["loss"] == pytest.approx(share * hit + (1 - share) * miss)
     assert model.training
+
+
+def test_evaluation_leaves_every_mode_as_it_was() -> None:
+    model = Scaled()
+    model.norm.eval()  # frozen, as when one fine-tunes
+    evaluate(model, toy_data())
+    assert model.training and not model.norm.training
+
+    def failing(*_: Tensor, **__: str) -> Tensor:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        evaluate(model, toy_data(), loss=failing)
+    assert model.training and not model.norm.training
 
 
 class Scaled(nn.Module):
@@ -67,3 +83,10 @@ def test_as_many_batches_are_read_as_asked() -> None:
 def test_without_batch_norm_there_is_nothing_to_renew() -> None:
     assert renewed(nn.Linear(2, 3), toy_data()) is None
     assert renewed(nn.BatchNorm1d(1, track_running_stats=False), toy_data()) is None
+
+
+def test_without_training_images_statistics_cannot_be_renewed() -> None:
+    data = toy_data()
+    nothing = replace(data, train=Split(data.train.images[:0], data.train.labels[:0]))
+    with pytest.raises(ValueError, match="training images, and the data have none"):
+        renewed(Scaled(), nothing)

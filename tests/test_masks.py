@@ -1,5 +1,6 @@
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -321,6 +322,12 @@ def test_nothing_to_prune_is_an_error() -> None:
         find_groups(nn.Embedding(0, 3), weights)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not 'resnet20'"):
         find_groups("resnet20", weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", ["filters", filters, None])
+def test_what_is_no_structure_is_named(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"such as structures.weights or structures.filters\(exam"):
+        find_groups(nn.Conv2d(3, 3, 3), wrong)
 
 
 def test_empty_parameters_are_left_out() -> None:

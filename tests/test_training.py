@@ -17,11 +17,11 @@ from torch.optim import SGD, Adam, Optimizer
 
 from swdlib.devices import Tracker
 from swdlib.images import Dataset, Split
-from swdlib.masks import NotFinite
+from swdlib.masks import NotFinite, Unreachable
 from swdlib.penalties import SelectiveWeightDecay
 from swdlib.recipes import Phase, Prune, Train, han2015, random_pruning, soft, swd, zhu2017
 from swdlib.schedules import Constant, Linear
-from swdlib.structures import weights
+from swdlib.structures import kernels, n_of_m, weights
 from swdlib.training import Options, train
 
 BATCH = 8
@@ -127,6 +127,24 @@ def test_what_is_cut_stays_zero_through_momentum_and_decay() -> None:
     assert kept == sorted(kept)
 
 
+def test_a_later_cut_revives_nothing_of_an_earlier_one() -> None:
+    model, phases = network(), han_phases()
+    on = Train(1, Constant(0.05))
+    phases += [Prune(0.3, kernels), on, Prune(0.5, weights), on]
+    rows = run_quietly(model, toy_data(), phases)
+    kept = [row["sparsity"] for row in rows]
+    assert kept == sorted(kept)
+    zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim >= 2)
+    assert zeros >= round(0.8 * 342)
+
+
+def test_a_sparsity_that_cannot_be_reached_is_refused_before_training() -> None:
+    steps = Stopping(at=0)  # a step would raise
+    phases: list[Phase] = [Train(1, Constant(0.05)), Prune(0.9, n_of_m(2, 4))]
+    with pytest.raises(Unreachable, match=r"sparsity 0\.9"):
+        run_quietly(perceptron(), toy_data(), phases, optimizer=steps)
+
+
 class Stopped(Exception):
     """Stands for a run that is ended from outside."""
 
@@ -199,6 +217,35 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None
     file.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"run\.pt is no readable checkpoint; delete it"):
         run_quietly(perceptron(), toy_data(), swd_phases(), checkpoint=file)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 7},
+        {"batch_size": 4},
+        {"phases": swd_phases(3)},
+        {"phases": [Train(2, Constant(0.5)), Prune(0.8, weights)]},
+        {"phases": [*swd_phases()[:1], Prune(0.7, weights)]},
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    with pytest.raises(Stopped):
+        run_quietly(
+            network(),
+            toy_data(),
+            swd_phases(),
+            checkpoint=file,
+            save_every=1,
+            optimizer=Stopping(3),
+        )
+    model = network(1)
+    before = state_of(model)
+    arguments = {"phases": swd_phases(), "checkpoint": file, **other}
+    with pytest.raises(ValueError, match=r"run\.pt is the checkpoint of another run"):
+        run_quietly(model, toy_data(), **arguments)
+    assert_same(state_of(model), before)
 
 
 def test_accumulated_parts_give_the_step_of_the_whole_batch() -> None:
