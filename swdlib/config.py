@@ -13,7 +13,7 @@ from swdlib.allocations import ALLOCATIONS
 from swdlib.criteria import CRITERIA
 from swdlib.data import DATASETS
 from swdlib.devices import Precision, check_tracker
-from swdlib.models import MODELS
+from swdlib.models import MODELS, check_model
 from swdlib.penalties import Update
 from swdlib.recipes import RECIPES, Phase, ranked
 from swdlib.schedules import Cosine, Growth, Piecewise, Schedule, Steps
@@ -149,6 +149,7 @@ class Config:
             object.__setattr__(self, setting.name, value)
         if self.tracker is not None:
             check_tracker(self.tracker)
+        check_model(self.model, self.width)
         self._check_ranges()
         phases_of(self)  # a recipe checks its own settings
         self._blank_unused()

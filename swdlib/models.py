@@ -134,7 +134,10 @@ def _initialise(model: nn.Module) -> nn.Module:
     return model
 
 
-def _from_torchvision(name: str, channels: int, classes: int, width: int | None) -> nn.Module:
+def check_model(name: str, width: int | None) -> None:
+    """ValueError unless `build_model` knows the name and, if `width` is given, has a use for it."""
+    if name in MODELS:
+        return
     from torchvision import models
 
     names = models.list_models(module=models)
@@ -144,6 +147,12 @@ def _from_torchvision(name: str, channels: int, classes: int, width: int | None)
         raise ValueError(
             f"width must be None for torchvision's {name}, which has none, not {width}"
         )
+
+
+def _from_torchvision(name: str, channels: int, classes: int, width: int | None) -> nn.Module:
+    from torchvision import models
+
+    check_model(name, width)
     if channels != 3:
         raise ValueError(f"channels must be 3 for torchvision's {name}, not {channels}")
     # In training mode these two would return the outputs of auxiliary classifiers as well.

@@ -198,6 +198,13 @@ def test_every_setting_of_a_recipe_is_a_field(recipe: str) -> None:
 
 def test_torchvision_networks_have_no_width() -> None:
     assert Config(model="resnet18").width is None
+    with pytest.raises(ValueError, match="width must be None for torchvision's resnet18"):
+        Config(model="resnet18", width=16)
+
+
+def test_an_unknown_network_is_refused_before_any_data_is_read() -> None:
+    with pytest.raises(ValueError, match="not 'resnt20'; did you mean resnet20"):
+        Config(model="resnt20")
 
 
 @pytest.mark.parametrize("recipe", ["swd", "zhu2017", "soft", "han2015", "one_shot"])
