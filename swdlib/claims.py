@@ -36,7 +36,7 @@ def claim(path: Path) -> Iterator[None]:
     with _replacing(path) if path.exists() and not is_claimed(path) else nullcontext():
         _create(path, json.dumps(mine))
     done = threading.Event()
-    threading.Thread(target=_beat, args=(path, done), daemon=True).start()
+    threading.Thread(target=_beat, args=(path, mine, done), daemon=True).start()
     try:
         yield
     finally:
@@ -58,10 +58,11 @@ def _age(path: Path) -> float:
         return math.inf
 
 
-def _beat(path: Path, done: threading.Event) -> None:
+def _beat(path: Path, mine: dict[str, Any], done: threading.Event) -> None:
     while not done.wait(BEAT):
-        with suppress(FileNotFoundError):
-            os.utime(path)
+        if _read(path) == mine:  # another's, once it was taken over, must be able to grow stale
+            with suppress(FileNotFoundError):
+                os.utime(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_accuracy_may_fall_by_the_points_allowed_and_no_more() -> None:
     [
         (None, "NoneType"),
         ({}, "0 entries"),
-        ({"0.weight": 1, "2.weight": 2}, ""),
+        ({"0.weight": 1, "2.weight": 2}, "has no attribute 'dtype'"),
         ({"0.weight": torch.ones(40, 40), "2.weight": torch.ones(12, 40)}, "must be bool"),
     ],
 )

@@ -138,11 +138,16 @@ def test_a_heart_beats_while_a_claim_is_held(
     path = tmp_path / "run.claim"
     with claim(path):
         os.utime(path, (0, 0))
-        assert not is_claimed(path) or path.stat().st_mtime > 0
         until = time.monotonic() + 10
         while path.stat().st_mtime == 0 and time.monotonic() < until:
             time.sleep(0.01)
-        assert is_claimed(path)
+        assert is_claimed(path) and path.stat().st_mtime > 0
+        left_behind(path, age=301, host="elsewhere")  # taken over, and then left
+        time.sleep(0.2)
+        assert not is_claimed(path)
+    left_behind(path, age=301, host="elsewhere")
+    time.sleep(0.2)
+    assert not is_claimed(path)
 
 
 def test_a_claim_that_was_taken_over_is_not_deleted(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_run_on_record_is_not_run_again(tmp_path: Path, monkeypatch: Any) -> N
     first = run(config, tmp_path, progress=False)
     monkeypatch.setattr(experiments, "train", None)  # which would fail if it were called
     assert run(dataclasses.replace(config, device="cpu"), tmp_path) == first
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         run(config, tmp_path, again=True)
 
 

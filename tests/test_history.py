@@ -40,9 +40,11 @@ def test_each_commit_has_the_digest_that_its_code_wrote(repository: Path) -> Non
     found = commits(repository)
     last, before, first = (commit.digest for commit in found)
     assert last == before != first
-    for text, digest in (('UNDECIDING = (*("plots",),)', last), ("", None)):
-        files = {"experiments.py": text.encode(), "masks.py": "é\n".encode(), "plots.py": b"2"}
-        assert (digest_of(files) == digest) == (digest is not None)
+    text = b'UNDECIDING = (*("plots",),)'
+    files = {"experiments.py": text, "masks.py": "é\n".encode(), "plots.py": b"2"}
+    assert digest_of(files) == digest_of({**files, "plots.py": b"3"}) == last
+    files["experiments.py"] = b""  # names no module: all of them count
+    assert digest_of(files) != digest_of({**files, "plots.py": b"3"})
     assert all(len(commit.name) == 40 and commit.day.startswith("20") for commit in found)
 
 

@@ -855,6 +855,7 @@ def test_what_else_is_given_to_a_step_stays(by_keyword: bool) -> None:
     kwargs = {"scale": 2, "closure": closure} if by_keyword else {"scale": 2}
     after, also = after_backward(args, kwargs, lambda: calls.append("penalty"))
     new = also.pop("closure") if by_keyword else after[1]
-    assert after == ("optimizer", "grads") if by_keyword else ("optimizer", new, "grads")
+    expected = ("optimizer", "grads") if by_keyword else ("optimizer", new, "grads")
+    assert after == expected
     assert also == {"scale": 2} and calls == []
     assert new() == "loss" and calls == ["backward", "penalty"]

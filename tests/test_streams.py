@@ -214,6 +214,7 @@ from pathlib import Path
 from tests.test_streams import killed_at
 from swdlib.data import load_data
 import torch
+torch.set_num_threads(1)
 whole = load_data("imagenet", sys.argv[1], holdout=0.1)
 killed_at(8, whole.take(torch.arange(48), torch.arange(48, 72)), Path(sys.argv[2]))
 """

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from swdlib.devices import Tracker
+from swdlib.evaluation import evaluate
 from swdlib.images import Dataset, Split
 from swdlib.masks import NotFinite, Unreachable
 from swdlib.penalties import SelectiveWeightDecay
@@ -204,9 +205,12 @@ def assert_resumes(
         file = folder / f"{stop}.pt"
         with pytest.raises(Stopped):
             run(build(0), data, phases(), checkpoint=file, optimizer=Stopping(at=stop))
+        kept = stop // options["save_every"] * options["save_every"]
+        assert file.exists() == (kept > 0), stop
         # Everything must come from the checkpoint, once there is one.
-        resumed = build(1 if file.exists() else 0)
-        rows = run(resumed, data, phases(), checkpoint=file, optimizer=Stopping())
+        resumed, again = build(1 if kept else 0), Stopping()
+        rows = run(resumed, data, phases(), checkpoint=file, optimizer=again)
+        assert again.taken == counted.taken - kept, stop
         assert untimed(rows) == untimed(expected), stop
         assert_same(state_of(resumed), state_of(whole))
     return expected
@@ -318,12 +322,21 @@ def test_a_tracker_gets_the_numbers_of_each_row_and_changes_nothing(tmp_path: Pa
 
 
 def test_any_optimizer_and_loss() -> None:
+    seen, made = set(), []
+
     def squared(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        seen.add(torch.is_grad_enabled())
         return (logits - nn.functional.one_hot(labels, 3)).square().sum()
 
-    adam = partial(Adam, lr=0.01)
-    rows = run_quietly(perceptron(), toy_data(), swd_phases(), optimizer=adam, loss=squared)
-    assert rows[-1]["kind"] == "prune"
+    def adam(parameters: Any) -> Optimizer:
+        made.append(Adam(parameters, lr=0.01))
+        return made[-1]
+
+    model = perceptron()
+    rows = run_quietly(model, toy_data(), swd_phases(), optimizer=adam, loss=squared)
+    assert seen == {True, False}  # trained and measured with it
+    assert rows[-1]["loss"] == pytest.approx(evaluate(model, toy_data(), loss=squared)["loss"])
+    assert len(made) == 1 and made[0].state  # which has stepped
 
 
 def test_a_run_that_diverges_says_so() -> None:
