@@ -252,11 +252,25 @@ def test_the_checkpoint_of_another_run_is_refused(other: dict[str, Any], tmp_pat
     assert_same(state_of(model), before)
 
 
+def watch(model: nn.Module, layer: int, look: Callable[[Tensor], Any]) -> list[Any]:
+    """Fill the list that is returned with what `look` finds of a layer's inputs in training."""
+    seen = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if module.training:
+            seen.append(look(inputs[0]))
+
+    model.get_submodule(str(layer)).register_forward_pre_hook(note)
+    return seen
+
+
 def test_accumulated_parts_give_the_step_of_the_whole_batch() -> None:
     states = []
-    for parts in (1, 3):
+    for parts, largest in ((1, BATCH), (3, 3)):
         model = perceptron()
+        seen = watch(model, 1, len)
         run_quietly(model, toy_data(), swd_phases(), accumulate=parts)
+        assert max(seen) == largest
         states.append(state_of(model))
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6)
@@ -274,9 +288,17 @@ def test_clipping_bounds_the_step() -> None:
 
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}])
 def test_other_arithmetic_and_layout_train_alike(options: dict[str, Any]) -> None:
+    def look(maps: Tensor) -> dict[str, Any]:
+        last = maps.is_contiguous(memory_format=torch.channels_last)
+        precision = "bf16" if maps.dtype == torch.bfloat16 else "fp32"
+        return {"precision": precision, "channels_last": last}
+
     plain, other = network(), network()
-    expected = run_quietly(plain, toy_data(), swd_phases())
-    rows = run_quietly(other, toy_data(), swd_phases(), **options)
+    seen = watch(other, 1, look)
+    expected = run_quietly(plain, toy_data(), swd_phases(), channels_last=False)
+    rows = run_quietly(other, toy_data(), swd_phases(), **{"channels_last": False, **options})
+    usual = {"precision": "fp32", "channels_last": False}
+    assert len(seen) == 2 * STEPS and all(found == usual | options for found in seen)
     assert rows[-1]["sparsity"] == expected[-1]["sparsity"]
     assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.05)
     assert {p.dtype for p in other.parameters()} == {torch.float32}
@@ -286,10 +308,19 @@ def test_other_arithmetic_and_layout_train_alike(options: dict[str, Any]) -> Non
 
 def test_a_compiled_run_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     # What torch.compile generates is torch's to test, and takes a minute; how it is joined is ours.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    given: list[nn.Module] = []
+    original = torch.compile
+
+    def eager(module: nn.Module) -> Any:
+        given.append(module)
+        return original(module, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eager)
     plain, compiled = perceptron(), perceptron()
     expected = run_quietly(plain, toy_data(), swd_phases())
+    assert not given
     rows = run_quietly(compiled, toy_data(), swd_phases(), compile=True)
+    assert given == [compiled]
     assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
