@@ -1,6 +1,5 @@
 """Baselines: what the methods that SWD is compared with attach to an optimizer."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from swdlib.masks import (
     removed_weights,
     select_units,
 )
-from swdlib.movement import Movement, check_units
+from swdlib.movement import Movement, fitted_units
 from swdlib.penalties import SelectiveWeightDecay
 from swdlib.schedules import Schedule, as_schedule, check_not_negative
 from swdlib.structures import Coupled, Group, Structure, weights
@@ -116,13 +115,9 @@ class GradualPruning(joins.Joined):
         """Continue from `state_dict()`; ValueError if it does not fit the model."""
         joins.require_state("a pruner", state, "step", "masks", "chosen", "reported")
         masks = fitted(state["masks"], dict(self.model.named_parameters()))
-        for units in (state["chosen"], state["reported"]):
-            check_units(self.groups, units)
+        chosen, reported = (fitted_units(self.groups, state[k]) for k in ("chosen", "reported"))
         self.step, self.masks = state["step"], masks
-        self._chosen, self._movement.units = (
-            _placed(state["chosen"], self.groups),
-            list(state["reported"]),
-        )
+        self._chosen, self._movement.units = chosen, reported
 
 
 class RareSelection(SelectiveWeightDecay):
@@ -152,16 +147,9 @@ class RareSelection(SelectiveWeightDecay):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; ValueError if it does not fit this penalty or model."""
         own = {name: value for name, value in state.items() if name != "held"}
-        held = state.get("held", [])
-        check_units(self.groups, held)
+        held = fitted_units(self.groups, state.get("held", []))
         super().load_state_dict(own)
-        self._held = _placed(held, self.groups)
-
-
-def _placed(units: Sequence[Tensor], groups: Sequence[Group]) -> list[Tensor]:
-    """The units on the devices of their groups: those of a checkpoint are on the CPU, or none."""
-    pairs = zip(units, groups, strict=False)
-    return [chosen.to(group.parameter.device) for chosen, group in pairs]
+        self._held = held
 
 
 def _own_weights(group: Group) -> Group:

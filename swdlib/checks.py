@@ -12,7 +12,7 @@ from torch import nn
 
 from swdlib.masks import Masks, check_mask, check_sparsity, find_groups
 from swdlib.metrics import bytes_on_disk
-from swdlib.sparse_files import load_sparse, save_sparse
+from swdlib.sparse_files import is_stored, load_sparse, save_sparse
 from swdlib.structures import weights
 
 
@@ -60,8 +60,9 @@ def _names(model: Any, dense: nn.Module) -> Check:
     remedy = "return the network itself: it need not be wrapped, renamed or rebuilt"
     if not isinstance(model, nn.Module):
         return Check("names", False, f"got {type(model).__name__}, not a network", remedy)
-    kinds = ({n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (dense, model))
-    before, after = kinds
+    before, after = (
+        {n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (dense, model)
+    )
     differ = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
     found = f"{', '.join(differ[:3])} differ" if differ else f"all {len(before)} are as before"
     return Check("names", not differ, f"{found} in state_dict()", remedy)
@@ -98,8 +99,7 @@ def _sparsity(masks: Masks, sparsity: float) -> Check:
 def _zeros(model: nn.Module, masks: Masks) -> Check:
     parameters = dict(model.named_parameters())
     removed = [parameters[n].detach()[~m.to(parameters[n].device)] for n, m in masks.items()]
-    # -0.0, which a product with a mask leaves, is not the zero that a sparse file leaves out.
-    alive = sum(int(((w != 0) | w.signbit()).sum()) for w in removed)
+    alive = sum(int(is_stored(w).sum()) for w in removed)  # -0.0 counts as well
     found = f"{alive:,} of the removed weights are not zero" if alive else "all are exact"
     remedy = "prune last; if training goes on, call masks.apply_ after every step"
     if alive and not any(int(w.count_nonzero()) for w in removed):

@@ -24,7 +24,7 @@ from swdlib.metrics import count_macs, in_eval, latencies, parameters
 from swdlib.models import build_model
 from swdlib.records import Record
 from swdlib.shrinking import shrink
-from swdlib.sparse_files import save_sparse
+from swdlib.sparse_files import is_stored, save_sparse
 from swdlib.structures import is_prunable
 from swdlib.training import Options, Row, train
 
@@ -77,8 +77,7 @@ def run(
 def _save(model: nn.Module, path: Path) -> None:
     """Write the network, without its zeros."""
     weights = {name: p.detach() for name, p in model.named_parameters() if is_prunable(p)}
-    # Only the zero without a sign is what a sparse file leaves out.
-    save_sparse(model, {name: (w != 0) | w.signbit() for name, w in weights.items()}, path)
+    save_sparse(model, {name: is_stored(w) for name, w in weights.items()}, path)
 
 
 def build(config: Config, data: AnyDataset) -> nn.Module:

@@ -39,11 +39,16 @@ class Movement:
         }
 
 
-def check_units(groups: Sequence[Group], units: Sequence[Tensor]) -> None:
-    """ValueError unless `units` is empty or holds a bool tensor of shape (units,) a group."""
+def fitted_units(groups: Sequence[Group], units: Sequence[Tensor]) -> list[Tensor]:
+    """The units of a state on the devices of their groups: those of a checkpoint are on the CPU.
+
+    ValueError unless `units` is empty or holds a bool tensor of shape (units,) a group.
+    """
     if not units:
-        return
+        return []
     given = [(tuple(chosen.shape), chosen.dtype) for chosen in units]
     wanted = [((group.units,), torch.bool) for group in groups]
     if given != wanted:
         raise ValueError(f"units must have shapes and types {wanted}, not {given}")
+    pairs = zip(units, groups, strict=True)
+    return [chosen.to(group.parameter.device) for chosen, group in pairs]

@@ -24,7 +24,7 @@ from swdlib.masks import (
     select,
     select_units,
 )
-from swdlib.movement import Movement, check_units
+from swdlib.movement import Movement, fitted_units
 from swdlib.radix import masks_without_waiting
 from swdlib.schedules import Exponential, Schedule, as_schedule, check_not_negative
 from swdlib.selection import Threshold, are_alike
@@ -256,9 +256,9 @@ class SelectiveWeightDecay(joins.Joined):
         if masks and set(masks) != set(self.parameters):
             raise ValueError(f"masks must be of {sorted(self.parameters)}, not of {sorted(masks)}")
         masks = fitted(masks, self.parameters)
-        check_units(self.groups, reported)
+        reported = fitted_units(self.groups, reported)
         self.step, self.masks = state["step"], masks
-        self._movement.units = list(reported)
+        self._movement.units = reported
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

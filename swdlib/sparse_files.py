@@ -80,6 +80,11 @@ def load_sparse(model: nn.Module, path: str | Path) -> Masks:
     return masks
 
 
+def is_stored(weights: Tensor) -> Tensor:
+    """Where a weight is other than the zero without a sign, the only one that a mask may remove."""
+    return (weights != 0) | weights.signbit()
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of `state_dict()`, each once, under its first name."""
     seen: dict[int, str] = {}

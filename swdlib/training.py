@@ -123,6 +123,12 @@ class _Position:
         return _Position(self.phase + 1, epochs=self.epochs, steps=self.steps)
 
 
+def _in_words(phase: Phase) -> str:
+    if isinstance(phase, Prune):
+        return f"cut {phase.sparsity:g}"
+    return f"{phase.epochs} epochs from {phase.lr(0.0):g}"
+
+
 class _Loop:
     def __init__(self, model: nn.Module, data: Data, phases: Sequence[Phase], options: Options):
         self.model, self.data, self.phases, self.options = model, data, phases, options
@@ -160,7 +166,7 @@ class _Loop:
 
     def _check_cuts(self) -> None:
         """Refuse a sparsity that cannot be reached before hours of training, not after them."""
-        for phase in self.phases:
+        for phase in self.phases[self.at.phase :]:
             if isinstance(phase, Prune):
                 groups = find_groups(self.model, phase.structure)
                 check_reachable(groups, phase.sparsity, phase.allocation)
@@ -321,24 +327,19 @@ class _Loop:
 
     def _identity(self) -> dict[str, Any]:
         """What tells this run from others that a checkpoint may be of."""
-        phases = [
-            f"{p.epochs} epochs from {p.lr(0.0):g}"
-            if isinstance(p, Train)
-            else f"cut {p.sparsity:g}"
-            for p in self.phases
-        ]
-        settings = {"seed": self.options.seed, "batch_size": self.options.batch_size}
-        return {**settings, "phases": phases}
+        phases = [_in_words(phase) for phase in self.phases]
+        seed, batch_size = self.options.seed, self.options.batch_size
+        return {"seed": seed, "batch_size": batch_size, "phases": phases}
 
     def _resume(self) -> None:
         self.saved = checkpoints.load(self.options.checkpoint)
         if not self.saved:
             return
-        if self.saved.get("run") != self._identity():
+        other, this = self.saved.get("run"), self._identity()
+        if other != this:
             raise ValueError(
-                f"{self.options.checkpoint} is the checkpoint of another run, of "
-                f"{self.saved.get('run')}, and this is {self._identity()}; "
-                "delete it or choose another file"
+                f"{self.options.checkpoint} is the checkpoint of another run, of {other}, "
+                f"and this is {this}; delete it or choose another file"
             )
         self.at = _Position(**self.saved["position"])
         self.rows = self.saved["rows"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from swdlib.movement import Movement, check_units
+from swdlib.movement import Movement, fitted_units
 from swdlib.structures import Group, kernels
 
 
@@ -44,12 +44,12 @@ def test_what_is_kept_is_a_copy() -> None:
 
 def test_units_that_do_not_fit_are_refused() -> None:
     groups = [Group("w", nn.Parameter(torch.ones(2)))]
-    check_units(groups, [])
-    check_units(groups, of(True, False))
+    fitted_units(groups, [])
+    fitted_units(groups, of(True, False))
     wrong = (of(True), [torch.ones(2)], [*of(True, False), *of(True, False)])
     for units in wrong:
         with pytest.raises(ValueError, match="units must have shapes and types"):
-            check_units(groups, units)
+            fitted_units(groups, units)
 
 
 def test_norms_of_half_precision_do_not_overflow() -> None:

@@ -131,8 +131,9 @@ class Here:
 
     def _run(self, config: Config, future: "Future[None]") -> None:
         try:
-            with claim(claim_of(records.path_of(config.settings(), self.folder))):
-                if records.path_of(config.settings(), self.folder).exists():
+            path = records.path_of(config.settings(), self.folder)
+            with claim(claim_of(path)):
+                if path.exists():
                     return future.set_result(None)  # as `run` does, if another was faster
                 self.calls.append(config)
                 if self.fails and self.fails(config, self.calls.count(config)):
