@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -50,6 +51,22 @@ def main_process_first() -> AbstractContextManager[None]:
     """A context that the main process goes through before the others: it fills a cache for them."""
     context: AbstractContextManager[None] = _processes().main_process_first()
     return context
+
+
+def can_be_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Whether the gradients of `model` come out right where images lie channels last.
+
+    On processors with AVX2 alone, oneDNN writes past its memory in the backward pass of a strided
+    1x1 convolution of fewer than 8 maps (oneDNN issue 6035): wrong gradients, or a crash.
+    """
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return True
+    return not any(isinstance(m, nn.Conv2d) and _is_miscomputed(m) for m in model.modules())
+
+
+def _is_miscomputed(conv: nn.Conv2d) -> bool:
+    strided = max(conv.stride) > 1 and max(conv.kernel_size) == 1
+    return strided and conv.in_channels // conv.groups < 8
 
 
 @dataclass(frozen=True)

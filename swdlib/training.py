@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from swdlib import checkpoints
-from swdlib.devices import Precision, Tracker, make_accelerator
+from swdlib.devices import Precision, Tracker, can_be_channels_last, make_accelerator
 from swdlib.evaluation import BATCH, Data, means, sums_over_test
 from swdlib.masks import (
     Masks,
@@ -56,7 +56,8 @@ class Options:
         accumulate: parts that a batch is worked through in, to save memory.
         clip: the largest gradient norm.
         compile: whether torch.compile is used, for the network and for the penalty.
-        channels_last: whether images and weights lie channels last in memory.
+        channels_last: whether images and weights lie channels last in memory; where that would
+            give wrong gradients (`devices.can_be_channels_last`), they do not.
         checkpoint: file that a stopped run resumes from, bit for bit on a CPU.
         save_every: steps between two writes of the checkpoint.
         progress: whether a bar is shown.
@@ -138,6 +139,7 @@ class _Loop:
             "rank": self.accelerator.process_index,
             "world": self.accelerator.num_processes,
         }
+        self.channels_last = options.channels_last and can_be_channels_last(model, self.device)
         self.steps_per_epoch = data.steps(options.batch_size, world=self.share["world"])
         self.at = _Position()
         self.rows: list[Row] = []
@@ -148,7 +150,7 @@ class _Loop:
 
     def run(self) -> list[Row]:
         self.model.to(self.device)
-        if self.options.channels_last:
+        if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self._resume()
         self._check_cuts()
@@ -262,7 +264,7 @@ class _Loop:
             self.totals += torch.stack([loss.detach().float(), correct.float()])
 
     def _layout(self, images: Tensor) -> Tensor:
-        if not self.options.channels_last:
+        if not self.channels_last:
             return images
         return images.contiguous(memory_format=torch.channels_last)
 

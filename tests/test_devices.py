@@ -1,11 +1,20 @@
 """Devices and arithmetic: what is there, and clear words about what is not."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from swdlib.devices import Tracker, check_tracker, find_device, is_main_process, make_accelerator
+from swdlib.devices import (
+    Tracker,
+    can_be_channels_last,
+    check_tracker,
+    find_device,
+    is_main_process,
+    make_accelerator,
+)
 
 CPU = torch.device("cpu")
 
@@ -30,6 +39,33 @@ def test_a_missing_gpu_is_named_with_the_remedy() -> None:
 def test_one_process_can_train_in_several_precisions() -> None:
     assert make_accelerator(CPU, "bf16").mixed_precision == "bf16"
     assert make_accelerator(CPU, "fp32").mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("capability", "maps", "kernel", "stride", "groups", "right"),
+    [
+        ("AVX2", 7, 1, 2, 1, False),
+        ("AVX2", 16, 1, (1, 2), 4, False),
+        ("AVX2", 8, 1, 2, 1, True),
+        ("AVX2", 7, 3, 2, 1, True),
+        ("AVX2", 7, 1, 1, 1, True),
+        ("AVX512", 7, 1, 2, 1, True),
+    ],
+)
+def test_no_layout_that_the_processor_miscomputes(
+    capability: str,
+    maps: int,
+    kernel: int,
+    stride: Any,
+    groups: int,
+    right: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    conv = nn.Conv2d(maps, 8, kernel, stride, groups=groups)
+    model = nn.Sequential(nn.Conv2d(3, maps, 3), conv)
+    assert can_be_channels_last(model, CPU) is right
+    assert can_be_channels_last(model, torch.device("cuda"))
 
 
 def test_fp16_needs_a_gpu() -> None:

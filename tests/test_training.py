@@ -306,6 +306,15 @@ def test_other_arithmetic_and_layout_train_alike(options: dict[str, Any]) -> Non
     assert "_original_forward" not in vars(other)  # accelerate's wrapping is gone
 
 
+def test_a_layout_that_would_be_miscomputed_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    strided = nn.Conv2d(1, 6, kernel_size=1, stride=2)
+    model = nn.Sequential(strided, nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 3))
+    seen = watch(model, 1, lambda maps: maps.is_contiguous(memory_format=torch.channels_last))
+    run_quietly(model, toy_data(), swd_phases(), channels_last=True)
+    assert seen and not any(seen)
+
+
 def test_a_compiled_run_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     # What torch.compile generates is torch's to test, and takes a minute; how it is joined is ours.
     given: list[nn.Module] = []
