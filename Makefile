@@ -17,8 +17,9 @@ book: $(VENV)/.book
 	$(BIN)/python book/build.py book --profile $(PROFILE)
 
 # Two processes, each with whole files of tests, since the tests of a file share what takes long to make.
+# One that crashes ends the run: put in the place of another, it would wait for ever (xdist issue 1323).
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .
