@@ -48,6 +48,8 @@ def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         means = runs.groupby("target_sparsity")[["parameters", "top1"]].mean()
         ax.plot(means["parameters"], means["top1"], ls="-", lw=1.2, color=look["color"])
     ax.set_xscale("log")
+    if finals.empty:
+        return ax
     # Whole powers of ten: marks between them would be written over each other.
     low, high = np.log10(finals["parameters"].agg(["min", "max"]))
     ax.set_xlim(10 ** np.floor(low - 0.05), 10 ** np.ceil(high + 0.05))

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib
@@ -71,6 +71,13 @@ def test_accuracy_against_kept_shows_the_last_row_of_each_run() -> None:
     assert ax.get_xscale() == "log"
     assert ax.get_xlim() == (10, 10_000)
     assert legend(ax) == ["dense", "han2015, 4 cuts"]
+
+
+@pytest.mark.parametrize("draw", [plots.accuracy_over_epochs, plots.accuracy_against_kept])
+def test_no_rows_give_an_empty_figure(draw: Callable[[pd.DataFrame], Axes]) -> None:
+    ax = draw(ROWS[ROWS["recipe"] == "swd"])
+    assert not [point for line in ax.lines for point in points(line)]
+    assert ax.get_xlabel() and ax.get_legend() is None
 
 
 def test_a_line_goes_through_the_means_of_runs_with_one_target() -> None:
