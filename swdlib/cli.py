@@ -174,7 +174,8 @@ def _sweep(options: argparse.Namespace) -> None:
 def _warn_of_emulation(configs: Sequence[Config]) -> None:
     """Say before hours are lost that this processor has to emulate bf16."""
     here = (c for c in configs if c.precision == "bf16" and find_device(c.device).type == "cpu")
-    if torch.backends.cpu.get_cpu_capability() == "AVX2" and any(here):
+    emulated = torch.backends.cpu.get_cpu_capability() == "AVX2" and any(here)
+    if emulated and is_main_process():
         print("swdlib: bf16 is slow on this processor: try --precision fp32", file=sys.stderr)
 
 
