@@ -212,8 +212,15 @@ def test_a_network_of_the_book_measures_as_its_record_says(
     cifar10_folder: Path, tmp_path: Path
 ) -> None:
     # One in fp32: processors without bf16 would take minutes.
-    how: dict[str, Any] = {"recipe": "renda2020", "structure": "filters", "finetune_epochs": 5}
-    config = Config("laptop", criterion="batch_norm_scale", sparsity=0.9, lr=0.2, **how)
+    config = Config(
+        profile="laptop",
+        recipe="renda2020",
+        structure="filters",
+        criterion="batch_norm_scale",
+        sparsity=0.9,
+        finetune_epochs=5,
+        lr=0.2,
+    )
     path = records.path_of(config.settings(), ROOT / "book" / "records")
     (tmp_path / "laptop").mkdir()
     for file in (path, path.with_suffix(".safetensors")):
