@@ -37,11 +37,11 @@ def erk(groups: Sequence[Group], scores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _better(scores: Tensor) -> Tensor:
-    """The share of the group's units that rank lower, in (0, 1); infinite scores stay infinite."""
+    """The share of the group's units that rank lower, in (0, 1)."""
     rank = torch.empty_like(scores, dtype=torch.float64)
     places = torch.arange(len(scores), dtype=torch.float64, device=scores.device)
     rank[scores.argsort(stable=True)] = (places + 0.5) / len(scores)
-    return rank.masked_fill(scores.isinf(), float("inf"))
+    return rank
 
 
 ALLOCATIONS: dict[str, Allocation] = {"global": together, "uniform": uniform, "erk": erk}

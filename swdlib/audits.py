@@ -81,7 +81,7 @@ def audit(path: Path, data_root: Path | None = None) -> Audit:
         data = _data(record, found, data_root)
         if data is not None and record.status == "finished":
             _figures(record, found, data)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
         found.problems.append(f"it cannot be read: {error!r}")
     return found
 

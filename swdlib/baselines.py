@@ -180,7 +180,7 @@ class BatchNormL1(joins.Joined):
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         joins.require_unscaled(optimizer)
         add = partial(self._add_gradients, joins.owned_by(optimizer))
-        return joins.after_backward(args, kwargs, add)
+        return joins.after_backward(args, kwargs, add, self.remedy)
 
     @torch.no_grad()
     def _add_gradients(self, owned: set[int]) -> None:

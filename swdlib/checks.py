@@ -43,12 +43,13 @@ def check_pruned(
 
     `masks` are what `SelectiveWeightDecay.prune` returned, True where a weight stays; `accuracy`
     gives a network's in percent, which may fall by `points`. A check that needs what another found
-    missing is left out. Whatever `model` and `masks` are, none of this raises an error.
+    missing is left out. Whatever `model` and `masks` are, a check that fails says why: none of this
+    raises an error.
     """
     check_sparsity(sparsity)
     checks = [_names(model, dense)]
     if checks[0].passed:
-        checks += [_accuracy(accuracy(model), accuracy(dense), points), _masks(masks, dense)]
+        checks += [_accuracy(accuracy, model, dense, points), _masks(masks, dense)]
         if checks[-1].passed:
             checks += [_sparsity(masks, sparsity), _zeros(model, masks)]
             if checks[-1].passed:
@@ -60,15 +61,27 @@ def _names(model: Any, dense: nn.Module) -> Check:
     remedy = "return the network itself: it need not be wrapped, renamed or rebuilt"
     if not isinstance(model, nn.Module):
         return Check("names", False, f"got {type(model).__name__}, not a network", remedy)
-    before, after = (
-        {n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (dense, model)
-    )
+    before, after = _content(dense), _content(model)
     differ = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
     found = f"{', '.join(differ[:3])} differ" if differ else f"all {len(before)} are as before"
     return Check("names", not differ, f"{found} in state_dict()", remedy)
 
 
-def _accuracy(after: float, before: float, points: float) -> Check:
+def _content(network: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What a network holds: for each name shape and type, and whether it is a parameter."""
+    trained = dict(network.named_parameters())
+    return {n: (t.shape, t.dtype, n in trained) for n, t in network.state_dict().items()}
+
+
+def _accuracy(
+    accuracy: Callable[[nn.Module], float], model: nn.Module, dense: nn.Module, points: float
+) -> Check:
+    before = accuracy(dense)
+    try:
+        after = accuracy(model)
+    except Exception as error:  # of the network's own code, which may be anything
+        remedy = "return a network that is called as the one that you were given"
+        return Check("accuracy", False, f"it does not run: {error!r}", remedy)
     found = f"{after:.1f} % after {before:.1f} %, and {points:g} may be lost"
     remedy = "let the strength reach its end before you prune (`steps`), or train longer"
     return Check("accuracy", after >= before - points - 1e-9, found, remedy)
@@ -83,6 +96,8 @@ def _masks(masks: Any, dense: nn.Module) -> Check:
     try:
         for name, mask in masks.items():
             check_mask(name, mask, wanted)
+            if mask.is_meta:
+                raise ValueError(f"the mask of {name!r} is on the meta device: it has no values")
     except (ValueError, AttributeError) as error:
         return Check("masks", False, str(error), remedy)
     return Check("masks", True, f"of {len(wanted)} layers")

@@ -61,7 +61,7 @@ def _age(path: Path) -> float:
 def _beat(path: Path, mine: dict[str, Any], done: threading.Event) -> None:
     while not done.wait(BEAT):
         if _read(path) == mine:  # another's, once it was taken over, must be able to grow stale
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # gone, or a network's folder that fails for a moment
                 os.utime(path)
 
 

@@ -49,7 +49,7 @@ batch_norm_scale.role = "scale"  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Random:
-    """Scores drawn at random from the seed and the parameter's name: what no criterion gives.
+    """Scores drawn at random from the seed and the parameter's name: a control for any criterion.
 
     They depend on nothing else, so that each cut goes on from the one before. They are drawn from
     Cauchy's distribution: it is also that of the mean of such scores, so that units of all sizes

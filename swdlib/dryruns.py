@@ -67,7 +67,8 @@ class Estimate:
 def dry_run(config: Config, *, progress: bool = True) -> Estimate:
     """Take two steps in each phase of the run, evaluate a batch, and estimate the whole.
 
-    Nothing is written. Images whose files are not found are random ones of the same shape.
+    No record is written. CIFAR-10 is downloaded if it is not there, as for a run; images that are
+    not to be had are random ones of the same shape.
     ValueError if the network should have a published number of parameters and has another.
     """
     device = find_device(config.device)

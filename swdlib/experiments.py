@@ -49,20 +49,24 @@ def run(
 ) -> Record:
     """The record of `config`: read from `folder` if it is there, otherwise trained and written.
 
-    A run that was stopped resumes from its checkpoint below `folder`. Beside the record lies the
-    trained network, as a sparse file (see `deploy.load_sparse`). `again` trains even so. The
-    default folder is `records.default_folder()`.
+    A run that was stopped resumes from its checkpoint below `folder`; ValueError if other code
+    wrote that. Beside the record lies the trained network, as a sparse file (see
+    `deploy.load_sparse`). `again` trains even so, from the start. The default folder is
+    `records.default_folder()`.
     """
     folder = Path(folder or records.default_folder())
     path = records.path_of(config.settings(), folder)
     if path.exists() and not again:
         return records.load(path)
     device = find_device(config.device)
+    checkpoint = path.parent / "checkpoints" / f"{path.stem}.pt"
     with main_process_first():
+        if again:
+            checkpoint.unlink(missing_ok=True)
         data = load_data(config.dataset, config.data_root, device=device, holdout=config.holdout)
     model = build(config, data)
-    checkpoint = path.parent / "checkpoints" / f"{path.stem}.pt"
-    options = options_of(config, checkpoint=checkpoint, progress=progress)
+    more = {"checkpoint": checkpoint, "code": code_digest(), "progress": progress}
+    options = options_of(config, **more)
     if config.tracker:
         trackers = path.parent / "trackers"
         options["log_to"] = Tracker(config.tracker, trackers, path.stem, config.settings())

@@ -16,6 +16,8 @@ class Joined:
     `masks` are what it holds at zero now: name of a parameter -> bool tensor, True is kept.
     """
 
+    remedy = "use another optimizer"  # for one whose steps cannot be joined
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.masks: dict[str, Tensor] = {}
@@ -47,7 +49,7 @@ class Joined:
         return self._before(optimizer, args, kwargs)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        require_once(self._begun, optimizer)
+        require_once(self._begun, optimizer, self.remedy)
         self._begun = False
         if not skips(optimizer):
             self._after(optimizer)
@@ -134,16 +136,16 @@ def require_unscaled(optimizer: Optimizer) -> None:
         raise ValueError(
             f"gradients are still scaled when a fused {type(optimizer).__name__} starts its step, "
             "so the penalty does not fit them: call scaler.unscale_(optimizer) before "
-            "scaler.step(optimizer), build the optimizer with fused=False, or use update='proximal'"
+            "scaler.step(optimizer), or build the optimizer with fused=False"
         )
 
 
-def require_once(begun: bool, optimizer: Optimizer) -> None:
+def require_once(begun: bool, optimizer: Optimizer, remedy: str) -> None:
     """TypeError if a step ends that has not `begun`: torch ran the hooks of one step twice."""
     if not begun:
         raise TypeError(
             f"the step() of {type(optimizer).__name__} calls the step() of the class it derives "
-            f"from, and torch runs the hooks in both, so the penalty counts twice: {BY_HAND}"
+            f"from, and torch runs the hooks in both, so that all is done twice: {remedy}"
         )
 
 
@@ -155,11 +157,12 @@ def skips(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "found_inf", False))
 
 
-def after_backward(args: Any, kwargs: Any, act: Callable[[], None]) -> Any:
+def after_backward(args: Any, kwargs: Any, act: Callable[[], None], remedy: str) -> Any:
     """Call `act` once the gradients are there: now, or when the closure of step() has run.
 
     `args`, which start with the optimizer, and `kwargs` are those of its step(); returns what a
-    step pre-hook returns. Lightning's Trainer runs the backward pass in a closure.
+    step pre-hook returns. Lightning's Trainer runs the backward pass in a closure. ValueError, with
+    the `remedy`, for an optimizer that calls it more than once.
     """
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
@@ -173,7 +176,7 @@ def after_backward(args: Any, kwargs: Any, act: Callable[[], None]) -> Any:
         if calls > 1:
             raise ValueError(
                 f"the {type(args[0]).__name__} calls the closure of step() more than once, and "
-                f"the losses that it compares do not hold the penalty: {BY_HAND}"
+                f"the losses that it compares do not hold the penalty: {remedy}"
             )
         loss = closure()
         act()

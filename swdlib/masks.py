@@ -28,13 +28,13 @@ class Unreachable(ValueError):
 
 
 def check_sparsity(sparsity: float) -> float:
-    """The sparsity as given, if it lies in [0, 1); ValueError otherwise."""
+    """The sparsity as a float, if it lies in [0, 1); ValueError otherwise."""
     # NaN fails the comparison as well.
     if not (isinstance(sparsity, SupportsFloat) and 0.0 <= sparsity < 1.0):
         raise ValueError(
             f"sparsity is the fraction of weights removed and must be in [0, 1), not {sparsity!r}"
         )
-    return sparsity
+    return float(sparsity)  # of 16 bits, or of a tensor, it could not be counted with
 
 
 def find_groups(model: nn.Module, structure: Structure) -> list[Group]:
@@ -186,8 +186,9 @@ def select_units(
     """The units to remove, a bool tensor of shape (units,) a group, True where one goes.
 
     `round(sparsity * weights)` weights go; where units hold several, the fewest that reach it. Of
-    units that reach through several layers, each layer keeps its best. NotFinite, a ValueError, if
-    a score is NaN or infinite; Unreachable if the sparsity is not to be had.
+    units that reach through several layers, each layer keeps its best. What scores -inf goes first.
+    NotFinite, a ValueError, if a score is NaN or +inf; Unreachable if the sparsity is not to be
+    had.
     """
     scores = [group.scores(criterion) for group in groups]
     _require_finite(groups, scores)
@@ -221,14 +222,14 @@ def _require_reached(
     """Unreachable if a unit was taken that has to stay."""
     device = ranks[0].device
     every, taken = (torch.cat([part.to(device) for part in parts]) for parts in (ranks, chosen))
-    if not every.masked_fill(~taken, 0.0).max().isinf():
+    if not every.masked_fill(~taken, 0.0).max().isposinf():
         return
     names = [
         group.name
         for group, rank, units in zip(groups, ranks, chosen, strict=True)
-        if rank[units].isinf().any()
+        if rank[units].isposinf().any()
     ]
-    free = [~rank.isinf() for rank in ranks]
+    free = [~rank.isposinf() for rank in ranks]
     removed = removed_weights(groups, free)
     most = sum(int(gone.sum()) for gone in removed.values()) / prunable(groups)
     harm = "empty" if isinstance(groups[0], Coupled) else "break the pattern of"
@@ -242,7 +243,7 @@ def _require_reached(
 def _require_finite(groups: Sequence[Group], scores: Sequence[Tensor]) -> None:
     # The maximum is NaN or infinite if any score is: one pass that allocates nothing.
     for group, score in zip(groups, scores, strict=True):
-        if not math.isfinite(score.max()):
+        if not float(score.max()) < math.inf:
             raise NotFinite(
                 f"{group.name} holds NaN or infinite weights (or scores), so nothing can be "
                 "ranked: training has diverged; lower the learning rate or the penalty, or clip "
@@ -269,7 +270,7 @@ def removed_weights(groups: Sequence[Group], chosen: Sequence[Tensor]) -> Masks:
         for name, slices in group.removed(units).items():
             gone[name] = either(gone[name], slices) if name in gone else slices
     counted = parameters_of(groups)
-    nothing = {n: torch.zeros(1, dtype=torch.bool, device=p.device) for n, p in counted.items()}
+    nothing = {n: torch.zeros((), dtype=torch.bool, device=p.device) for n, p in counted.items()}
     return {n: gone.get(n, nothing[n]).expand(p.shape) for n, p in counted.items()}
 
 

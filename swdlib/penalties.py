@@ -60,6 +60,8 @@ class SelectiveWeightDecay(joins.Joined):
     which a weight is NaN or infinite: on a CPU until `prune()`; on a GPU `report()` tells.
     """
 
+    remedy = joins.BY_HAND
+
     def __init__(
         self,
         model: nn.Module,
@@ -173,7 +175,7 @@ class SelectiveWeightDecay(joins.Joined):
         if self.masks or self.update != "gradient":
             return None
         joins.require_unscaled(optimizer)
-        return joins.after_backward(args, kwargs, self._add_gradients)
+        return joins.after_backward(args, kwargs, self._add_gradients, self.remedy)
 
     @torch.no_grad()
     def _add_gradients(self) -> None:

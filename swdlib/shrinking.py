@@ -16,6 +16,7 @@ from swdlib.metrics import in_eval
 from swdlib.tracing import tensors_of
 
 TOLERANCE = 1e-4  # of the largest output; in half precision four of its roundings
+LEAST = 1e-2  # what an output counts as at least: of smaller ones rounding may be a larger share
 
 
 def shrink(model: nn.Module, masks: Masks, example: Tensor) -> nn.Module:
@@ -189,5 +190,5 @@ def _difference(small: nn.Module, masked: nn.Module, example: Tensor) -> tuple[f
     differences = [float((a - b).abs().max()) for a, b in pairs if b.numel()]
     sizes = [float(b.abs().max()) for _, b in pairs if b.numel()]
     roundings = [4 * torch.finfo(b.dtype).eps for _, b in pairs]
-    limit = max([TOLERANCE, *roundings]) * max([1.0, *sizes])
+    limit = max([TOLERANCE, *roundings]) * max([LEAST, *sizes])
     return float(torch.tensor([0.0, *differences]).max()), limit  # NaN if there is one

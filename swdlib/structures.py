@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
+from torch.nn.modules.conv import _ConvNd
 
 from swdlib.criteria import Criterion, score_of
 from swdlib.graph import Part, find_attentions, trace_units
@@ -246,10 +247,11 @@ def weights(model: nn.Module) -> list[Group]:
 
 def kernels(model: nn.Module) -> list[Group]:
     """Each kernel of a convolution as one unit: the weights between an input and an output map."""
+    convolved = {id(m.weight) for m in model.modules() if isinstance(m, _ConvNd)}
     return [
         Group(name, parameter, size=math.prod(parameter.shape[2:]))
         for name, parameter in _prunable(model)
-        if parameter.ndim > 2 and parameter.numel()
+        if id(parameter) in convolved and parameter.numel()
     ]
 
 

@@ -40,8 +40,10 @@ def sides(module: nn.Module) -> list[tuple[str, int]]:
 def follow(model: nn.Module, example: Tensor, training: bool = False) -> Any:
     """The graph of `model`; on some networks the search would take hours: TimeoutError."""
     graph = _graph(time.monotonic() + SECONDS)
+    has_maps_of_three = any(isinstance(module, nn.Conv1d) for module in model.modules())
     # Channels of the input, if the graph is to see them, have to come from a parameter.
-    has_channels = example.is_floating_point() and example.ndim in (2, 4, 5)
+    ranks = (2, 3, 4, 5) if has_maps_of_three else (2, 4, 5)
+    has_channels = example.is_floating_point() and example.ndim in ranks
     stem = nn.Parameter(torch.zeros_like(example)) if has_channels else None
     graph.build_dependency(
         model,
@@ -54,7 +56,8 @@ def follow(model: nn.Module, example: Tensor, training: bool = False) -> Any:
     )
     for node in graph.module2node.values():
         node.type = None  # else the shapes would be inferred anew for every layer
-        on = graph.nowhere if _ends(node) else graph.onward
+        node.is_end = _ends(node, has_maps_of_three)
+        on = graph.nowhere if node.is_end else graph.onward
         for dependency in node.dependencies:  # the search for what is tied passes here
             dependency.index_mapping.append(on)
     return graph
@@ -104,13 +107,17 @@ def tied_to(graph: Any, layer: nn.Module) -> Iterator[tuple[Any, str, np.ndarray
     for item in graph.get_pruning_group(layer, pruner.prune_out_channels, outputs):
         dependency, indices = item
         node = dependency.target
-        if _ends(node) or sides(node.module):
+        if node.is_end or sides(node.module):
             side = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
             yield node.module, side, np.array(indices), np.array(item.root_idxs)
 
 
-def _ends(node: Any) -> bool:
-    """Whether channels cannot be followed, or removed, any further: at the output, say."""
+def _ends(node: Any, has_maps_of_three: bool) -> bool:
+    """Whether channels cannot be followed, or removed, any further: at the output, say.
+
+    Tensors of three dimensions may be (images, channels, places), as a Conv1d reads them, or
+    (images, places, channels).
+    """
     from torch_pruning import ops
 
     module = node.module
@@ -124,10 +131,11 @@ def _ends(node: Any) -> bool:
     mixes = isinstance(module, ops._ElementWiseOp) and any(
         word in node.grad_fn.name().lower() for word in OPAQUE
     )
-    cuts = isinstance(module, ops._ReshapeOp) and _cuts_up(node.grad_fn)
+    cuts = isinstance(module, ops._ReshapeOp) and _cuts_up(node.grad_fn, has_maps_of_three)
     averages = isinstance(module, nn.LayerNorm | nn.GroupNorm)
     holds = any(True for _ in module.parameters())
-    return averages or holds or mixes or cuts or _along_channels(node.grad_fn)
+    along = _along_channels(node.grad_fn, 0 if has_maps_of_three else 3)
+    return averages or holds or mixes or cuts or along
 
 
 def _in_instance_norm(node: Any) -> bool:
@@ -144,23 +152,27 @@ def _shapes(operation: Any) -> tuple[list[int], list[int]]:
     return before._input_metadata[number].shape, operation._input_metadata[0].shape
 
 
-def _cuts_up(view: Any) -> bool:
+def _cuts_up(view: Any, has_maps_of_three: bool) -> bool:
     """Whether a view cuts channels up: it neither flattens maps nor folds what is around them."""
     before, after = _shapes(view)
     flattens = len(after) == 2 and before[0] == after[0]
-    folds = min(len(before), len(after)) <= 3 and before[-1] == after[-1]
+    lowest = 2 if has_maps_of_three else 3
+    folds = min(len(before), len(after)) <= lowest and before[-1] == after[-1]
     of_parameter = len(before) == 1
     return not (flattens or folds or of_parameter or before[1:2] == after[1:2])
 
 
-def _along_channels(operation: Any) -> bool:
-    """Whether an operation along a dimension, a sum or a softmax, is along that of the channels."""
+def _along_channels(operation: Any, unclear: int) -> bool:
+    """Whether an operation along a dimension, a sum or a softmax, is along that of the channels.
+
+    In a tensor of `unclear` dimensions the channels may be along any.
+    """
     dims = getattr(operation, "_saved_dim", None)
     if dims is None or "queeze" in operation.name():
         return False
     rank = len(_shapes(operation)[0])
     signed = [d if d < rank else d - 2**64 for d in (dims if isinstance(dims, tuple) else (dims,))]
-    return rank != 3 and any(d % rank == 1 for d in signed)  # of three it may be any
+    return rank != unclear and any(d % rank == 1 for d in signed)
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -5,10 +5,12 @@ accelerate: on a CPU, a GPU, or several processes, each of which works on its sh
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +39,11 @@ from swdlib.structures import is_prunable
 
 Row = dict[str, Any]
 
+# The options that a run must keep when it resumes; the phases are told apart as well.
+TELLING = ("seed", "batch_size", "precision", "clip", "code")
+REMEDY = "training has diverged; lower the learning rate or the penalty, or clip gradients"
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
 
 def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
     """The published optimizer: momentum 0.9, weight decay 5e-4; the phases set the rate."""
@@ -60,6 +67,7 @@ class Options:
             give wrong gradients (`devices.can_be_channels_last`), they do not.
         checkpoint: file that a stopped run resumes from, bit for bit on a CPU.
         save_every: steps between two writes of the checkpoint.
+        code: what stands for the code of this run: no checkpoint of another code is resumed.
         progress: whether a bar is shown.
         log_to: tracker that the numbers of each row are sent to.
     """
@@ -75,6 +83,7 @@ class Options:
     channels_last: bool = False
     checkpoint: Path | None = None
     save_every: int = 200
+    code: str = ""
     progress: bool = True
     log_to: Tracker | None = None
 
@@ -124,10 +133,18 @@ class _Position:
         return _Position(self.phase + 1, epochs=self.epochs, steps=self.steps)
 
 
-def _in_words(phase: Phase) -> str:
-    if isinstance(phase, Prune):
-        return f"cut {phase.sparsity:g}"
-    return f"{phase.epochs} epochs from {phase.lr(0.0):g}"
+def _in_words(setting: Any) -> str:
+    """A phase, or a setting of one, in words that are the same in every process."""
+    if isinstance(setting, Train):
+        penalty = f" with {_in_words(setting.penalty)}" if setting.penalty else ""
+        return f"{setting.epochs} epochs at {_in_words(setting.lr)}{penalty}"
+    if isinstance(setting, Prune):
+        by = _in_words(setting.criterion), _in_words(setting.allocation)
+        return f"cut {setting.sparsity:g} of {_in_words(setting.structure)} by {', '.join(by)}"
+    if isinstance(setting, partial):
+        given = [f"{name}={_in_words(value)}" for name, value in setting.keywords.items()]
+        return f"{_in_words(setting.func)}({', '.join(given)})"
+    return getattr(setting, "__qualname__", None) or ADDRESS.sub("", repr(setting))
 
 
 class _Loop:
@@ -276,10 +293,9 @@ class _Loop:
     def _end_epoch(self) -> Row:
         loss, correct = (self.accelerator.reduce(self.totals.clone()) / self.at.images).tolist()
         if not math.isfinite(loss):
-            raise NotFinite(
-                f"the training loss of epoch {self.at.epochs + 1} is {loss}: training has "
-                "diverged; lower the learning rate or the penalty, or clip gradients"
-            )
+            raise NotFinite(f"the training loss of epoch {self.at.epochs + 1} is {loss}: {REMEDY}")
+        if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
+            raise NotFinite(f"after epoch {self.at.epochs + 1} a weight is not finite: {REMEDY}")
         seconds = self.at.seconds
         self.totals.zero_()
         self.at = self.at.next_epoch()
@@ -329,9 +345,8 @@ class _Loop:
 
     def _identity(self) -> dict[str, Any]:
         """What tells this run from others that a checkpoint may be of."""
-        phases = [_in_words(phase) for phase in self.phases]
-        seed, batch_size = self.options.seed, self.options.batch_size
-        return {"seed": seed, "batch_size": batch_size, "phases": phases}
+        given = {name: getattr(self.options, name) for name in TELLING}
+        return {**given, "phases": [_in_words(phase) for phase in self.phases]}
 
     def _resume(self) -> None:
         self.saved = checkpoints.load(self.options.checkpoint)
@@ -341,7 +356,7 @@ class _Loop:
         if other != this:
             raise ValueError(
                 f"{self.options.checkpoint} is the checkpoint of another run, of {other}, "
-                f"and this is {this}; delete it or choose another file"
+                f"and this is {this}; go on as it was begun, delete it, or choose another file"
             )
         self.at = _Position(**self.saved["position"])
         self.rows = self.saved["rows"]

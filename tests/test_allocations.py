@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from swdlib.allocations import ALLOCATIONS, erk, together, uniform
+from swdlib.allocations import ALLOCATIONS, Allocation, erk, together, uniform
 from swdlib.masks import prunable, select, sparsity_of
 from swdlib.structures import Group
 
@@ -72,9 +72,11 @@ def test_uniform_differs_by_rounding_alone_from_an_equal_share(
         assert abs(left[str(i)] - exact * size) <= (1 + len(sizes) * size / total) / 2 + 1e-9
 
 
-def test_units_that_must_stay_still_rank_highest() -> None:
-    scores = [torch.tensor([3.0, float("inf"), 1.0])]
-    groups = [group("one", torch.rand(1, 3))]
-    for allocation in (together, uniform, erk):
-        assert allocation(groups, scores)[0].argmax() == 1
-        assert allocation(groups, scores)[0][1].isinf()
+@pytest.mark.parametrize("allocation", [together, uniform, erk])
+def test_what_scores_minus_infinity_goes_first(allocation: Allocation) -> None:
+    def logarithm(parameter: Tensor) -> Tensor:
+        return parameter.abs().log()
+
+    values = torch.tensor([[0.0, 3.0, 0.0, 2.0]])
+    masks = select([group("one", values)], 0.5, logarithm, allocation)
+    assert masks["one"].tolist() == [[False, True, False, True]]

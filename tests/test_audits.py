@@ -131,6 +131,18 @@ def test_what_is_no_record_is_found(text: str, folder: Path) -> None:
     assert found.problems
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"config": ' * 100_000])
+def test_one_record_does_not_stop_the_audit_of_others(text: str, folder: Path) -> None:
+    other = record_in(folder).with_name("other.json")
+    other.write_text(text, "utf-8")
+    first, second = audit_all(folder)
+    assert first.problems == [] and second.problems
+
+
+def test_a_network_of_impossible_size_is_found(folder: Path) -> None:
+    assert tampered(folder, lambda content: content["config"].update(width=10**12)).problems
+
+
 def test_a_record_that_was_moved_is_found(folder: Path) -> None:
     path = record_in(folder)
     path.rename(path.with_name(f"better-{path.name}"))

@@ -93,6 +93,38 @@ def test_another_network_is_said_in_words_and_nothing_else_is_looked_at(model: A
     assert failed(checks) == list(checks) == ["names"]
 
 
+def test_what_holds_buffers_instead_of_parameters_is_another_network() -> None:
+    dense = network()
+    model, masks = pruned(dense)
+    layer = model.get_submodule("0")
+    weight = layer.get_parameter("weight").detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    checks = check(model, masks, dense)
+    assert failed(checks) == list(checks) == ["names"]
+
+
+def test_a_network_that_does_not_run_is_said_in_words() -> None:
+    dense = network()
+    model, masks = pruned(dense)
+
+    def accuracy(one: nn.Module) -> float:
+        if one is model:
+            raise TypeError("forward() takes 3 positional arguments")
+        return 90.0
+
+    found = check_pruned(model, masks, dense, sparsity=0.9, accuracy=accuracy)
+    [failure] = [one for one in found if not one.passed]
+    assert failure.name == "accuracy" and "does not run: TypeError('forward() takes" in str(failure)
+
+
+def test_masks_without_values_are_none() -> None:
+    dense = network()
+    model, masks = pruned(dense)
+    checks = check(model, {name: mask.to("meta") for name, mask in masks.items()}, dense)
+    assert failed(checks) == ["masks"] and "meta" in checks["masks"].found
+
+
 def test_a_file_that_is_no_smaller_is_found() -> None:
     dense = network()
     model, masks = pruned(dense, 0.01)  # a bit for each weight costs more than one in a hundred

@@ -1,5 +1,6 @@
 """Claims: one process at a time, and none that is gone stands in the way."""
 
+import errno
 import json
 import os
 import socket
@@ -148,6 +149,25 @@ def test_a_heart_beats_while_a_claim_is_held(
     left_behind(path, age=301, host="elsewhere")
     time.sleep(0.2)
     assert not is_claimed(path)
+
+
+def test_a_heart_goes_on_after_a_beat_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    beats: list[Path] = []
+
+    def fail_at_first(path: Path) -> None:
+        beats.append(path)
+        if len(beats) == 1:
+            raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr(os, "utime", fail_at_first)
+    with claim(tmp_path / "run.claim"):
+        until = time.monotonic() + 10
+        while len(beats) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert len(beats) >= 3
 
 
 def test_a_claim_that_was_taken_over_is_not_deleted(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from swdlib import experiments, records
+from swdlib import checkpoints, experiments, records
 from swdlib.config import Config, phases_of
 from swdlib.data import load_data
 from swdlib.evaluation import evaluate
@@ -106,6 +107,31 @@ def test_a_run_on_record_is_not_run_again(tmp_path: Path, monkeypatch: Any) -> N
     assert run(dataclasses.replace(config, device="cpu"), tmp_path) == first
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         run(config, tmp_path, again=True)
+
+
+def test_again_starts_from_the_start_and_other_code_does_not_go_on(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    config = Config(**QUICK)
+    record = run(config, tmp_path / "whole", progress=False)
+    save = checkpoints.save
+
+    def stop(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "options_of", partial(options_of, save_every=10))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "save", stop)
+        run(config, tmp_path, progress=False)
+    monkeypatch.setattr(experiments, "code_digest", lambda: "other")
+    with pytest.raises(ValueError, match=r"checkpoint of another run.* go on as it was begun"):
+        run(config, tmp_path, progress=False)
+    lost = torch.load(next(tmp_path.rglob("*.pt")), weights_only=True)
+    lost["model"] = {name: 0 * tensor for name, tensor in lost["model"].items()}
+    save(next(tmp_path.rglob("*.pt")), {**lost, "run": {**lost["run"], "code": "other"}})
+    rows = run(config, tmp_path, again=True, progress=False).rows
+    assert without_time(rows) == without_time(record.rows)
 
 
 def test_two_runs_of_one_configuration_agree(tmp_path: Path) -> None:

@@ -14,6 +14,18 @@ def test_a_file_and_its_folder_are_made(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "b.txt"
+
+    def write(file: Path) -> None:
+        file.write_text("outer")
+        write_whole(path, lambda other: other.write_text("inner"))
+        assert path.read_text() == "inner" and file.read_text() == "outer"
+
+    write_whole(path, write)
+    assert path.read_text() == "outer" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "b.txt"
     path.write_text("old")

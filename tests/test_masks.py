@@ -2,6 +2,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -307,7 +308,37 @@ def test_bad_sparsity_is_named(bad: float) -> None:
         select(weights(nn.Linear(2, 2)), bad)
 
 
-def test_sparsity_is_returned_as_given() -> None:
+@pytest.mark.parametrize("number", [np.float16(0.9), np.float32(0.9), torch.tensor(0.9)])
+def test_sparsity_of_any_kind_of_number_is_counted_with_exactly(number: Any) -> None:
+    groups = weights(nn.Linear(100, 500))
+    sparsity = float(number)
+    assert type(check_sparsity(number)) is float and check_sparsity(number) == sparsity
+    [mask] = select(groups, number).values()
+    assert int((~mask).sum()) == round(sparsity * 50_000)
+
+
+class Scaled(nn.Module):
+    """Two convolutions and a parameter of no dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.second(self.first(x).relu())
+
+
+def test_a_parameter_of_no_dimension_is_kept() -> None:
+    model, example = Scaled(), torch.randn(2, 1, 7, 7)
+    masks = select(find_groups(model, filters(example)), 0.5)
+    assert masks["scale"].shape == () and masks["scale"]
+    apply_(model, masks)
+    small = shrink(model, masks, example)
+    assert sum(p.numel() for p in small.parameters()) == sum(int(m.sum()) for m in masks.values())
+
+
+def test_sparsity_is_returned() -> None:
     assert [check_sparsity(s) for s in (0, 0.5, math.nextafter(1.0, 0.0))][:2] == [0, 0.5]
 
 

@@ -260,6 +260,28 @@ def test_what_the_graph_does_not_show_is_found_by_running_the_network(detached: 
         shrink(model, masks, example)
 
 
+class Mixed(nn.Module):
+    """Its channels see each other's mean, and no gradient tells; its output may be small."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden + hidden.mean(1, keepdim=True).detach()) * self.scale
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-3])
+def test_small_outputs_are_compared_as_well(scale: float) -> None:
+    torch.manual_seed(0)
+    model, example = Mixed(scale), torch.randn(2, 3, 7, 7)
+    masks = select(find_groups(model, filters(example)), 0.4)
+    with pytest.raises(ValueError, match="Mixed computes something else"):
+        shrink(model, masks, example)
+
+
 class Counted(nn.Module):
     """Its output depends on how many channels there are."""
 

@@ -10,33 +10,34 @@ from swdlib.tracing import follow, sides, tensors_of, tied_to
 
 
 class Between(nn.Module):
-    """Two convolutions with an operation between them."""
+    """Two convolutions, over places in so many dimensions, with an operation between them."""
 
-    def __init__(self, operation: object) -> None:
+    def __init__(self, operation: object, dimensions: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1)
+        convolution = (nn.Conv1d, nn.Conv2d)[dimensions - 1]
+        self.first, self.second = convolution(2, 4, 1), convolution(4, 3, 1)
         self.operation = operation
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.operation(self.first(x)))  # type: ignore[operator]
 
 
-def reached(operation: object) -> set[str]:
+def reached(operation: object, dimensions: int) -> set[str]:
     """Return the sides of layers and the ends that the first convolution's outputs lead to."""
     torch.manual_seed(0)
-    model = Between(operation)
-    graph = follow(model, torch.randn(2, 2, 4, 4))
+    model = Between(operation, dimensions)
+    graph = follow(model, torch.randn(2, 2, *[4] * dimensions))
     names: dict[object, str] = {model.first: "first", model.second: "second"}
     return {f"{names.get(m, 'end')} {side}" for m, side, _, _ in tied_to(graph, model.first)}
 
 
 PASSES = {
     "relu": F.relu,
-    "pool": lambda x: F.avg_pool2d(x, 2),
+    "pool": lambda x: (F.avg_pool1d if x.ndim == 3 else F.avg_pool2d)(x, 2),
     "pad": lambda x: F.pad(x, (1, 1)),
     "crop": lambda x: x[:, :, 1:],
     "scale": lambda x: 2 * x + 1,
-    "gate": lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
+    "gate": lambda x: x * x.mean((2, 3)[: x.ndim - 2], keepdim=True).sigmoid(),
 }
 ENDS = {
     "layer norm": lambda x: F.layer_norm(x, x.shape[1:]),
@@ -45,18 +46,23 @@ ENDS = {
     "roll": lambda x: x.roll(1, 1),
     "index": lambda x: x[:, [1, 0, 3, 2]],
     "softmax": lambda x: x.softmax(1),
+    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "part": lambda x: x * x[:, :1],
+    "sort": lambda x: x.sort(1).values,
     "shuffle": lambda x: x.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2),
 }
 
 
+@pytest.mark.parametrize("dimensions", [1, 2])
 @pytest.mark.parametrize("name", PASSES)
-def test_channels_pass(name: str) -> None:
-    assert reached(PASSES[name]) == {"first out", "second in"}
+def test_channels_pass(name: str, dimensions: int) -> None:
+    assert reached(PASSES[name], dimensions) == {"first out", "second in"}
 
 
+@pytest.mark.parametrize("dimensions", [1, 2])
 @pytest.mark.parametrize("name", ENDS)
-def test_channels_end(name: str) -> None:
-    assert any(place.startswith("end") for place in reached(ENDS[name]))
+def test_channels_end(name: str, dimensions: int) -> None:
+    assert any(place.startswith("end") for place in reached(ENDS[name], dimensions))
 
 
 def test_indices_lead_back_to_the_outputs_that_they_belong_to() -> None:

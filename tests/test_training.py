@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, Optimizer
 
 from swdlib.devices import Tracker
@@ -20,9 +21,19 @@ from swdlib.evaluation import evaluate
 from swdlib.images import Dataset, Split
 from swdlib.masks import NotFinite, Unreachable
 from swdlib.penalties import SelectiveWeightDecay
-from swdlib.recipes import Phase, Prune, Train, han2015, random_pruning, soft, swd, zhu2017
+from swdlib.recipes import (
+    Phase,
+    Prune,
+    Train,
+    han2015,
+    one_shot,
+    random_pruning,
+    soft,
+    swd,
+    zhu2017,
+)
 from swdlib.schedules import Constant, Linear
-from swdlib.structures import kernels, n_of_m, weights
+from swdlib.structures import blocks, kernels, n_of_m, weights
 from swdlib.training import Options, train
 
 BATCH = 8
@@ -231,6 +242,14 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None
         {"phases": swd_phases(3)},
         {"phases": [Train(2, Constant(0.5)), Prune(0.8, weights)]},
         {"phases": [*swd_phases()[:1], Prune(0.7, weights)]},
+        {"phases": [*swd_phases()[:1], Prune(0.8, blocks(2, 2))]},
+        {"phases": one_shot(2, Linear(0.1, 0.01), 0.8, weights)},
+        {"phases": swd(2, Linear(0.1, 0.01), 0.8, weights, 5e-4, 0.1, 1e4, "gradient")},
+        {"phases": swd(2, Linear(0.1, 0.01), 0.8, weights, 5e-4, 0.1, 1e5, "proximal")},
+        {"phases": swd(2, Linear(0.1, 0.02), 0.8, weights, 5e-4, 0.1, 1e5, "gradient")},
+        {"clip": 1.0},
+        {"precision": "bf16"},
+        {"code": "other"},
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
@@ -382,6 +401,14 @@ def test_any_optimizer_and_loss() -> None:
 def test_a_run_that_diverges_says_so() -> None:
     with pytest.raises(NotFinite, match=r"diverged; lower the learning rate"):
         run_quietly(perceptron(), toy_data(), [Train(3, Constant(1e30))])
+
+
+def test_a_run_whose_last_step_loses_a_weight_says_so() -> None:
+    def steep(*args: Any, **kwargs: Any) -> Tensor:
+        return 100 * cross_entropy(*args, **kwargs)
+
+    with pytest.raises(NotFinite, match=r"after epoch 1 a weight is not finite: .*diverged"):
+        run_quietly(perceptron(), toy_data(BATCH), [Train(1, Constant(3e38))], loss=steep)
 
 
 @pytest.mark.parametrize(
