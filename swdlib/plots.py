@@ -91,16 +91,20 @@ def sparsity_cliff(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, "sparsity (% of weights removed)", "Top-1 accuracy (%)")
     for i, (label, part) in enumerate(frame.groupby("allocation", sort=False)):
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        ax.plot(100 * part["sparsity"], part["top1"], ms=5, label=label, **look)
+        style = STYLES[i % len(STYLES)]
+        ax.plot(100 * part["sparsity"], part["top1"], ls=style, ms=5, label=label, **look)
     ax.set_ylim(0, 102)
     return _legend(ax)
 
 
-def curves(frame: pd.DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
-    """A line for each column of `frame` over its index, whose name is the axis label."""
+def curves(frame: pd.DataFrame, ylabel: str, ax: Axes | None = None, *, lines: bool = True) -> Axes:
+    """A line for each column of `frame` over its index, whose name is the axis label.
+
+    Without `lines` points alone are drawn.
+    """
     ax = _axes(ax, str(frame.index.name), ylabel)
     for i, (label, values) in enumerate(frame.items()):
-        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
+        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)] if lines else ""}
         ax.plot(frame.index, values, marker=MARKERS[i % len(MARKERS)], ms=4, label=label, **look)
     return _legend(ax)
 
@@ -218,8 +222,9 @@ def kept_weights(
     They are drawn side by side, each under its name; `label` is that of the colours, from 0 to 1.
     """
     sizes = np.array([np.shape(share) for share in shares.values()])
+    gap = 0.2 * sizes[:, 1].max()
     # Of the figure's width, the panels have about 3.6 inches.
-    height = min(4.0, 1 + 3.6 * sizes[:, 0].max() / (1.2 * sizes[:, 1].sum()))
+    height = min(4.0, 1 + 3.6 * sizes[:, 0].max() / (sizes[:, 1] + gap).sum())
     ax = _axes(ax, "input maps", "output maps", height=height)
     ax.grid(visible=False)
     left = 0.0
@@ -234,8 +239,8 @@ def kept_weights(
             vmax=1,
         )
         ax.text(left + columns / 2, -1, name, color=INK, ha="center", va="bottom")
-        left += 1.2 * columns
-    ax.set_xlim(0, left - 0.2 * columns)
+        left += columns + gap
+    ax.set_xlim(0, left - gap)
     ax.set_xticks([])
     ax.spines[:].set_visible(False)
     _grey(ax.figure.colorbar(image, ax=ax, shrink=0.8, label=label))
