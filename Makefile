@@ -58,8 +58,8 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
 
 # Debian's Python has no ensurepip without python3-venv; its own pip can fill the environment instead.
 $(VENV)/bin/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	    || { echo "swdlib needs Python 3.10 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' \
+	    || { echo "swdlib needs Python 3.10 to 3.14: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
 	else $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --quiet --python $(BIN)/python install pip; \
 	fi || { echo "No environment could be made; on Debian: apt-get install python3-venv" >&2; exit 1; }

@@ -46,7 +46,8 @@ def _entry(thing: Any, name: str, level: str) -> list[str]:
     if inspect.isclass(thing):
         own = vars(thing).keys() - getattr(thing, "__dataclass_fields__", {}).keys()
         members = ((n, vars(thing)[n]) for n in vars(thing) if n in own and not n.startswith("_"))
-        parts += [_member(m, f"{name}.{n}") for n, m in members if inspect.getdoc(m)]
+        # What only its base class documents is not ours.
+        parts += [_member(m, f"{name}.{n}") for n, m in members if getattr(m, "__doc__", None)]
     return parts
 
 

@@ -44,7 +44,16 @@ if "google.colab" in sys.modules and not os.path.isdir("/content/pruning-book"):
     %pip install --quiet -e "/content/pruning-book[deploy]"
     sys.path.insert(0, "/content/pruning-book")
     %cd /content/pruning-book/{path_to_book}"""
-NOT_STAGED = ("_ext", "*.py", "__pycache__", ".ipynb_checkpoints", "smoke", "checkpoints")
+NOT_STAGED = (
+    "_ext",
+    "data",
+    "out.ipynb",
+    "*.py",
+    "__pycache__",
+    ".ipynb_checkpoints",
+    "smoke",
+    "checkpoints",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -109,6 +118,8 @@ def run_page(book: Path, stage: Path, profile: str, name: str) -> reruns.Run:
     """Run a notebook of `book` in `stage`, and say below its parameters how it was made."""
     source, staged = book / f"{name}.ipynb", stage / f"{name}.ipynb"
     known = {"profile": profile} if "profile" in parameters_of(source) else {}
+    if profile != "smoke":
+        known |= place_of_data(source, {})
     run = execute(source, staged, known, folder=stage)
     check_outputs(staged)
     shutil.copy(source, stage / "data" / name)
@@ -124,8 +135,20 @@ def run_one(name: str, parameters: dict[str, Any], output: Path) -> Path:
         raise ValueError(f"the notebook must be one of {', '.join(names)}, not {name!r}")
     target = output / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    execute(BOOK / f"{name}.ipynb", target, parameters, folder=BOOK)
+    source = BOOK / f"{name}.ipynb"
+    execute(source, target, parameters | place_of_data(source, parameters), folder=BOOK)
     return target
+
+
+def place_of_data(notebook: Path, given: dict[str, Any]) -> dict[str, str]:
+    """Return `data_root` as a path that holds in any folder, if the notebook has runs that need it.
+
+    Unless another is `given`, seen from here, it is where the command line looks: ./data.
+    """
+    if given.get("data_root"):
+        return {"data_root": str(Path(given["data_root"]).resolve())}
+    needed = {"profile", "data_root"} <= set(parameters_of(notebook))
+    return {"data_root": str(ROOT / "data")} if needed else {}
 
 
 def copy_sources(book: Path, stage: Path) -> None:
@@ -283,10 +306,11 @@ def make_pages(stage: Path, config: Path, target: Path) -> Path:
     """Build the staged pages with warnings as errors and return the first page."""
     html = target / "_build" / "html"
     shutil.rmtree(html, ignore_errors=True)
-    tool = Path(sys.executable).with_name("jupyter-book")
+    # By its module: where the command is installed depends on the system.
+    tool = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     strict = ["--all", "-W", "-n", "--keep-going", "-q"]
     places = ["--config", str(config), "--path-output", str(target)]
-    command = [str(tool), "build", str(stage), *strict, *places]
+    command = [*tool, "build", str(stage), *strict, *places]
     # Warnings go to stderr; what is left is advice on where the pages are.
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise ValueError("the pages could not be built without warnings; they are listed above")

@@ -22,7 +22,7 @@ from swdlib.config import Config, type_of
 from swdlib.devices import find_device, is_main_process
 from swdlib.dryruns import dry_run
 from swdlib.places import BUSY, local, on_ray, run_alone
-from swdlib.records import load_records
+from swdlib.records import load_records, tabulate
 from swdlib.sweeps import grid, read_grid, sweep
 
 if TYPE_CHECKING:
@@ -46,7 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"swdlib: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("swdlib: stopped; the same command goes on from the last checkpoint")
+        sys.exit(f"swdlib: stopped{_how_to_go_on(options)}")
+
+
+def _how_to_go_on(options: argparse.Namespace) -> str:
+    if options.do not in (_run, _sweep) or getattr(options, "dry_run", False):
+        return ""
+    but = ", without --again," if getattr(options, "again", False) else ""
+    return f"; the same command{but} goes on from the last checkpoint"
 
 
 @contextmanager
@@ -161,10 +168,9 @@ def _sweep(options: argparse.Namespace) -> None:
         where = local(folder, options.jobs)
     with where as place:
         outcomes = list(sweep(configs, folder, place, retries=options.retries, tell=_say))
-    runs = {records.address(config.settings()) for config in configs}
-    table = load_records(folder)
+    table = tabulate(outcome.record for outcome in outcomes if outcome.record)
     if not table.empty:
-        print(tidy(table[table["run"].isin(runs)]).to_string(index=False, na_rep="-"))
+        print(tidy(table).to_string(index=False, na_rep="-"))
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         lines = [f"\n  {outcome.config.title()}: {outcome.error}" for outcome in failed]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,12 @@ def load(path: Path) -> Record:
 
 
 def load_records(folder: str | Path | None = None) -> "pd.DataFrame":
-    """All records below `folder` as one tidy table: a row a recorded row.
+    """All records below `folder` as one table, see `tabulate`; ValueError if one is damaged."""
+    return tabulate(map(load, sorted(Path(folder or default_folder()).rglob("*.json"))))
+
+
+def tabulate(found: Iterable[Record]) -> "pd.DataFrame":
+    """Records as one tidy table: a row a recorded row.
 
     Each row has the run's address in `run`, its configuration, `status` and `data_source` beside
     what was measured. Of the configuration, `sparsity` is called `target_sparsity` and `lr`
@@ -118,12 +124,11 @@ def load_records(folder: str | Path | None = None) -> "pd.DataFrame":
     import pandas as pd  # here, as it takes long to import
 
     rows: list[dict[str, Any]] = []
-    for path in sorted(Path(folder or default_folder()).rglob("*.json")):
-        record = load(path)
+    for record in found:
         shared = {
             "run": address(record.config),
             "status": record.status,
-            "data_source": record.provenance["dataset"]["source"],
+            "data_source": record.provenance.get("dataset", {}).get("source"),
             **{RENAMED.get(name, name): value for name, value in record.config.items()},
         }
         rows += [{**shared, **row} for row in record.rows or [{}]]  # a diverged run has none

@@ -179,7 +179,8 @@ def test_stripping_removes_what_a_run_leaves(tmp_path: Path) -> None:
 
 
 def test_stage_holds_committed_records_but_not_those_of_trials(tmp_path: Path) -> None:
-    for name in ("records/cifar10/run.json", "records/smoke/run.json", "page.md", "build.py"):
+    of_trials = ("records/smoke/run.json", "data/cifar10/image.jpg", "out.ipynb")
+    for name in ("records/cifar10/run.json", "page.md", "build.py", *of_trials):
         (tmp_path / "book" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "book" / name).write_text("{}")
     (tmp_path / "stage").mkdir()
@@ -187,6 +188,16 @@ def test_stage_holds_committed_records_but_not_those_of_trials(tmp_path: Path) -
     build.copy_sources(tmp_path / "book", tmp_path / "stage")
     found = {str(p.relative_to(tmp_path / "stage")) for p in (tmp_path / "stage").rglob("*.*")}
     assert found == {"page.md", "records/cifar10/run.json"}
+
+
+def test_data_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = build.BOOK / "swd-on-cifar10.ipynb"
+    assert build.place_of_data(page, {}) == {"data_root": str(build.ROOT / "data")}
+    assert build.place_of_data(page, {"data_root": "mine"}) == {"data_root": str(tmp_path / "mine")}
+    # These two have a record that stands in for data.
+    for name in ("smaller-networks", "imagenet"):
+        assert build.place_of_data(build.BOOK / f"{name}.ipynb", {}) == {}
 
 
 @pytest.mark.parametrize(

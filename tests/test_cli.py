@@ -122,8 +122,10 @@ def test_a_command_that_is_stopped_says_how_to_go_on(
     # A shell's background job ignores Ctrl-C, and so would these tests in one.
     given = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="goes on from the last checkpoint"):
+    with pytest.raises(SystemExit, match="; the same command goes on from the last checkpoint"):
         cli.main(["run"])
+    with pytest.raises(SystemExit, match=r"command, without --again, goes on from the last"):
+        cli.main(["run", "--again"])  # which would begin again
     assert signal.getsignal(signal.SIGTERM) == before
     signal.signal(signal.SIGINT, given)
 
@@ -212,3 +214,11 @@ def test_the_installed_command_answers() -> None:
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
     assert "run" in done.stdout
     assert "show" in done.stdout
+
+
+def test_another_record_that_is_damaged_does_not_spoil_a_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text("{")
+    cli.main(["sweep", *QUICK, "--records", str(tmp_path)])
+    assert "top1" in capsys.readouterr().out
