@@ -91,16 +91,16 @@ def make(run: Run) -> str:
 
 
 def parameter_table(parameters: dict[str, Any]) -> str:
-    """Return a row a parameter: name, type, default, what is allowed, and its meaning."""
+    """Return a row a parameter: name, its meaning, type, default and what is allowed."""
     rows = []
     for name, about in parameters.items():
         kind = about["inferred_type_name"]
         setting = SETTINGS.get(name)
         meaning = about["help"] or (setting.metadata["meaning"] if setting else "")
         rows.append(
-            [f"`{name}`", kind, default(name, about["default"]), allowed(name), escaped(meaning)]
+            [f"`{name}`", escaped(meaning), kind, default(name, about["default"]), allowed(name)]
         )
-    return table(["name", "type", "default", "allowed", "meaning"], rows)
+    return table(["name", "meaning", "type", "default", "allowed"], rows)
 
 
 def default(name: str, text: str) -> str:

@@ -79,8 +79,9 @@ def files_read() -> list[str]:
 def figure_csv(figure: Any) -> str:
     """The numbers that a matplotlib figure shows, a line a point: CSV with the axes' labels.
 
-    `series` is the label in the legend. Of lines, points and bars the columns x and y are named as
-    the axes are; a picture or heat map has a row, a column and a value.
+    `series` is the name, `get_gid`, or else the label in the legend. Of lines, points and bars the
+    columns x and y are named as the axes are; a picture or heat map has a row, a column and a
+    value.
     """
     file = io.StringIO()
     write = csv.writer(file, lineterminator="\n").writerow
@@ -113,7 +114,7 @@ def _points(ax: Any) -> Iterator[list[Any]]:
 
 def _named(artist: Any, x: Any, y: Any) -> Iterator[list[Any]]:
     label = str(artist.get_label())
-    name = "" if label.startswith("_") else label
+    name = artist.get_gid() or ("" if label.startswith("_") else label)
     return (
         [name, a, b] for a, b in zip(np.asarray(x).tolist(), np.asarray(y).tolist(), strict=True)
     )
@@ -124,5 +125,14 @@ def _grids(ax: Any) -> Iterator[list[Any]]:
     for i, picture in enumerate([*meshes, *ax.images]):
         values = np.ma.filled(np.ma.asarray(picture.get_array()).astype(float), np.nan)
         if values.ndim == 2 and ax.get_label() != "<colorbar>":
+            rows, columns = map(_labels, (ax.yaxis, ax.xaxis), values.shape)
             for row, column in np.ndindex(*values.shape):
-                yield [i, row, column, values[row, column].item()]
+                name = picture.get_gid() or i
+                yield [name, rows[row], columns[column], values[row, column].item()]
+
+
+def _labels(axis: Any, number: int) -> list[Any]:
+    """The labels of rows or columns if a tick is at the middle of each, otherwise their numbers."""
+    if np.array_equal(axis.get_ticklocs(), np.arange(number) + 0.5):
+        return [label.get_text() for label in axis.get_ticklabels()]
+    return list(range(number))

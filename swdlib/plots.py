@@ -2,7 +2,9 @@
 
 A table `rows` is what `load_records` returns, or a part of it. Each function draws on `ax`, or on a
 new figure if it is None, and returns the Axes. Backgrounds are transparent and text is mid-grey, so
-a figure can be read on a light and on a dark page; colours are seaborn's colour-blind palette.
+a figure can be read on a light and on a dark page; colours are seaborn's colour-blind palette,
+darkened where it is too pale for a white page. What has no entry in the legend has its name as gid,
+for the table of the figure's numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,23 @@ from matplotlib.transforms import Affine2D
 from swdlib.records import HISTOGRAM_RANGE
 
 INK = "#7d7d7d"
-COLOURS = sns.color_palette("colorblind")
+# Lines need a contrast of 3:1 (WCAG 1.4.11), on white and on the dark ground of slides. On white,
+# five colours of seaborn's palette have less. These are darker here, though not all alike, and so
+# is vermilion, so that colour-blind readers can still tell them apart.
+COLOURS = sns.color_palette(
+    [
+        "#0173b2",
+        "#cd8404",  # orange, darker
+        "#029e73",
+        "#cb5a00",  # vermilion, darker
+        "#cc78bc",
+        "#ae7c52",  # brown, darker
+        "#9a6a8b",  # pink, darker
+        "#949494",
+        "#827b17",  # yellow, darker
+        "#4a9cca",  # sky blue, darker
+    ]
+)
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
@@ -26,12 +44,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 def accuracy_over_epochs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Top-1 accuracy after each epoch, a line a run, alike for all seeds; a cross marks a cut."""
     ax = _axes(ax, "epoch", "Top-1 accuracy (%)")
+    if _without_results(rows):
+        return ax
     for i, (name, runs) in enumerate(rows.groupby(rows.apply(name_of, axis=1), sort=False)):
         look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
         for j, (_, run) in enumerate(runs.groupby("run", sort=False)):
-            ax.plot(run["epoch"], run["top1"], label=None if j else name, **look)
+            ax.plot(run["epoch"], run["top1"], label=None if j else name, gid=name, **look)
         cuts = runs[runs["kind"] == "prune"]
-        ax.plot(cuts["epoch"], cuts["top1"], "X", color=look["color"], markersize=9)
+        look = {"color": look["color"], "markersize": 9, "gid": f"{name}, cut"}
+        ax.plot(cuts["epoch"], cuts["top1"], "X", **look)
     return _legend_above(ax, title="× after a cut", ncols=2)
 
 
@@ -41,15 +62,16 @@ def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     The line goes through the means of the runs that share a target.
     """
     ax = _axes(ax, "parameters kept", "final Top-1 accuracy (%)")
+    ax.set_xscale("log")
+    if _without_results(rows):
+        return ax
     finals = rows.groupby("run", sort=False).tail(1)
     for i, (name, runs) in enumerate(finals.groupby(finals.apply(_method, axis=1), sort=False)):
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.plot(runs["parameters"], runs["top1"], ls="", markersize=8, label=name, **look)
         means = runs.groupby("target_sparsity")[["parameters", "top1"]].mean()
-        ax.plot(means["parameters"], means["top1"], ls="-", lw=1.2, color=look["color"])
-    ax.set_xscale("log")
-    if finals.empty:
-        return ax
+        look = {"color": look["color"], "lw": 1.2, "gid": f"{name}, mean"}
+        ax.plot(means["parameters"], means["top1"], "-", **look)
     # Whole powers of ten: marks between them would be written over each other.
     low, high = np.log10(finals["parameters"].agg(["min", "max"]))
     ax.set_xlim(10 ** np.floor(low - 0.05), 10 ** np.ceil(high + 0.05))
@@ -68,7 +90,8 @@ def weight_distribution(weights: Mapping[str, Mapping[str, Any]], ax: Axes | Non
         zeros = f" ({histogram['zeros']:,} are zero)" if histogram["zeros"] else ""
         look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
         ax.stairs(counts, edges, lw=1.6, label=label + zeros, **look)
-    filled = np.sum([histogram["counts"] for histogram in weights.values()], axis=0).nonzero()[0]
+    total = np.sum([histogram["counts"] for histogram in weights.values()], axis=0)
+    filled = np.atleast_1d(total).nonzero()[0]  # without histograms, the sum is a number
     if filled.size:
         ax.set_xlim(edges[filled[0]], edges[filled[-1] + 1])
     ax.set_xscale("log")
@@ -131,7 +154,7 @@ def paths(
         look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)], "lw": 2}
         places = np.asarray(path)
         ax.plot(*places.T, marker="o", markevery=[-1], label=label, **look)
-        ax.plot(*places[0], "x", color=INK, mew=2, ms=8)
+        ax.plot(*places[0], "x", color=INK, mew=2, ms=8, gid=f"{label}, start")
     ax.set_aspect("equal")
     return _legend_above(ax)
 
@@ -147,7 +170,7 @@ def weight_paths(
     ax = _axes(ax, "step", "absolute weight |w|")
     for i, (label, of_steps) in enumerate(sizes.items()):
         look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)], "lw": 1}
-        ax.plot(of_steps, **look)[0].set_label(label)
+        ax.plot(of_steps, gid=label, **look)[0].set_label(label)
     ax.plot(threshold, color=INK, lw=2.5, label="threshold")
     ax.set_yscale("log")
     return _legend(ax)
@@ -165,11 +188,12 @@ def timeline(shares: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axes
         place = Affine2D().scale(1, 0.75).translate(0, -i) + ax.transData
         ax.axhline(-i, color=INK, lw=0.6)
         for j, (kind, share) in enumerate(table.items()):
-            look = {"color": COLOURS[j], "ls": STYLES[j], "transform": place}
+            look = {"color": COLOURS[j % len(COLOURS)], "ls": STYLES[j % len(STYLES)], "lw": 1.6}
+            look |= {"label": "" if i else kind, "gid": f"{label}, {kind}"}
             drawn = share.where(share > 0) if j else share
-            ax.plot(share.index, drawn, label=f"_{label}" if i else kind, lw=1.6, **look)
+            ax.plot(share.index, drawn, transform=place, **look)
             if j == 0:
-                ax.fill_between(share.index, share, color=COLOURS[j], alpha=0.35, transform=place)
+                ax.fill_between(share.index, share, color=COLOURS[0], alpha=0.35, transform=place)
         ax.set_xlim(0, table.index.max())
     ax.set_yticks(-np.arange(len(shares)) + 0.35, list(shares))
     ax.tick_params(axis="y", length=0)
@@ -186,10 +210,12 @@ def spread(
     """
     ax = _axes(ax, xlabel, "", rows=len(values.columns))
     rows = -np.arange(len(values.columns))
-    look = {"ls": "", "color": COLOURS[0]}
-    for i, (_, of_name) in enumerate(values.items()):
-        ax.plot(of_name, [-i] * len(of_name), "o", alpha=0.7, label="" if i else dot, **look)
-    ax.plot(values.mean(), rows, "|", ls="", ms=13, mew=2, color=COLOURS[3], label="mean")
+    # Dots that lie on one another show; their outlines keep the contrast.
+    dots = {"color": COLOURS[0], "mfc": (COLOURS[0], 0.4)}
+    bar = {"color": COLOURS[3], "ms": 13, "mew": 2}
+    for i, (name, of_name) in enumerate(values.items()):
+        ax.plot(of_name, [-i] * len(of_name), "o", label="" if i else dot, gid=f"{name}", **dots)
+        ax.plot(of_name.mean(), -i, "|", label="" if i else "mean", gid=f"{name}, mean", **bar)
     ax.set_yticks(rows, list(values.columns))
     return _legend_above(ax)
 
@@ -201,6 +227,7 @@ def heat_map(table: pd.DataFrame, label: str, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax, str(table.columns.name), str(table.index.name))
     look = {"annot": True, "fmt": ".0f", "cmap": "cividis", "cbar_kws": {"label": label}}
+    look["gid"] = label
     ax.grid(visible=False)
     sns.heatmap(table, ax=ax, **look)
     ax.invert_yaxis()
@@ -221,6 +248,8 @@ def kept_weights(
 
     They are drawn side by side, each under its name; `label` is that of the colours, from 0 to 1.
     """
+    if not shares:
+        return _axes(ax, "input maps", "output maps")
     sizes = np.array([np.shape(share) for share in shares.values()])
     gap = 0.2 * sizes[:, 1].max()
     # Of the figure's width, the panels have about 3.6 inches.
@@ -237,6 +266,7 @@ def kept_weights(
             extent=(left, left + columns, rows, 0),
             vmin=0,
             vmax=1,
+            gid=name,
         )
         ax.text(left + columns / 2, -1, name, color=INK, ha="center", va="bottom")
         left += columns + gap
@@ -271,6 +301,11 @@ def name_of(row: "pd.Series[Any]") -> str:
 def _method(row: "pd.Series[Any]") -> str:
     cuts = row["iterations"] or 1  # None or NaN where the recipe has none
     return f"{row['recipe']}, {cuts:.0f} cuts" if cuts > 1 else str(row["recipe"])
+
+
+def _without_results(rows: pd.DataFrame) -> bool:
+    """Whether there is no row, or each is that of a run that diverged, for which none was kept."""
+    return "top1" not in rows or bool(rows["top1"].isna().all())
 
 
 def _axes(ax: Axes | None, xlabel: str, ylabel: str, rows: int = 0, height: float = 0) -> Axes:

@@ -336,6 +336,13 @@ def test_numbers_of_lines_points_and_bars_are_kept(ax: Axes) -> None:
     )
 
 
+def test_name_of_its_own_goes_before_the_label(ax: Axes) -> None:
+    ax.plot([1], [2], gid="cut")
+    ax.plot([3], [4], label="b", gid="b of swd")
+    ax.plot([5], [6])
+    assert figure_csv(ax.figure) == "series,step,loss\ncut,1,2\nb of swd,3,4\n,5,6\n"
+
+
 def test_numbers_of_pictures_are_kept(ax: Axes) -> None:
     ax.imshow([[1.0, 2.0]])
     assert figure_csv(ax.figure) == "series,row,column,value\n0,0,0,1.0\n0,0,1,2.0\n"

@@ -1,5 +1,6 @@
 """Plots: what is drawn is what the table says; no torch; readable on light and dark pages."""
 
+import csv
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 
 from swdlib import plots
 from swdlib.metrics import weight_histogram
+from swdlib.notebooks import figure_csv
 from swdlib.schedules import Constant, Exponential
 
 matplotlib.use("agg")
@@ -78,6 +80,24 @@ def test_no_rows_give_an_empty_figure(draw: Callable[[pd.DataFrame], Axes]) -> N
     ax = draw(ROWS[ROWS["recipe"] == "swd"])
     assert not [point for line in ax.lines for point in points(line)]
     assert ax.get_xlabel() and ax.get_legend() is None
+
+
+@pytest.mark.parametrize("draw", [plots.accuracy_over_epochs, plots.accuracy_against_kept])
+@pytest.mark.parametrize("measured", [{}, {"epoch": np.nan, "top1": np.nan, "parameters": np.nan}])
+def test_runs_that_all_diverged_give_an_empty_figure(
+    draw: Callable[[pd.DataFrame], Axes], measured: dict[str, float]
+) -> None:
+    config = {"recipe": "swd", "target_sparsity": 0.9, "iterations": None}
+    rows = pd.DataFrame([{"run": run, "status": "diverged", **config, **measured} for run in "ab"])
+    ax = draw(rows)
+    assert not ax.lines and ax.get_xlabel() and ax.get_legend() is None
+
+
+@pytest.mark.parametrize("draw", [plots.weight_distribution, plots.kept_weights])
+def test_nothing_to_show_gives_an_empty_figure(draw: Callable[[dict[str, Any]], Axes]) -> None:
+    ax = draw({})
+    ax.figure.canvas.draw()
+    assert not ax.patches and not ax.images and ax.get_xlabel()
 
 
 def test_a_line_goes_through_the_means_of_runs_with_one_target() -> None:
@@ -205,12 +225,18 @@ def test_timeline_has_a_strip_a_method_whose_numbers_stay_shares() -> None:
     assert ax.get_xlim() == (0, 2)
 
 
+def test_timeline_has_room_for_any_number_of_shares() -> None:
+    ax = plots.timeline({"swd": pd.DataFrame({f"{i}": [0.1, 0.2] for i in range(11)})})
+    assert len(legend(ax)) == 11
+
+
 def test_spread_has_a_row_a_column_with_its_mean() -> None:
     ax = plots.spread(pd.DataFrame({"a": [1.0, 3.0], "b": [5.0, 5.0]}), "accuracy (%)")
     assert [points(line) for line in ax.lines] == [
         [(1, 0), (3, 0)],
+        [(2, 0)],
         [(5, -1), (5, -1)],
-        [(2, 0), (5, -1)],
+        [(5, -1)],
     ]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b"]
     assert legend(ax) == ["a run", "mean"]
@@ -263,6 +289,46 @@ def test_map_can_be_read_on_a_light_and_on_a_dark_page() -> None:
         assert contrast(text.get_color(), 0.01) > 3.9
 
 
+TWICE = pd.concat([ROWS, ROWS.assign(run=ROWS["run"] + "2")])
+
+
+@pytest.mark.parametrize(
+    ("ax", "names"),
+    [
+        (
+            lambda: plots.accuracy_over_epochs(TWICE),
+            ["dense", "han2015, 4 cuts at 98 %", "han2015, 4 cuts at 98 %, cut"],
+        ),
+        (
+            lambda: plots.accuracy_against_kept(ROWS),
+            ["dense", "dense, mean", "han2015, 4 cuts", "han2015, 4 cuts, mean"],
+        ),
+        (lambda: plots.paths(bowl, {"a": [(1, 1), (0, 1)]}), ["a", "a, start"]),
+        (lambda: plots.weight_paths({"stay": np.ones((2, 3))}, [1, 1]), ["stay", "threshold"]),
+        (
+            lambda: plots.timeline({"swd": SHARES, "b": SHARES}),
+            ["swd, zero", "swd, pressed", "b, zero", "b, pressed"],
+        ),
+        (lambda: plots.spread(CURVES, "size"), ["a", "a, mean", "b", "b, mean"]),
+        (lambda: plots.heat_map(GRID, "accuracy (%)"), ["accuracy (%)"]),
+        (lambda: plots.kept_weights({"a": np.eye(4), "b": np.eye(2)}), ["a", "b"]),
+    ],
+)
+def test_all_that_is_drawn_has_its_name_beside_its_numbers(
+    ax: Callable[[], Axes], names: list[str]
+) -> None:
+    lines = csv.reader(figure_csv(ax().figure).splitlines())
+    assert list(dict.fromkeys(name for name, *_ in lines if name != "series")) == names
+
+
+def test_numbers_of_a_map_have_its_rows_and_columns_by_name() -> None:
+    numbers = figure_csv(plots.heat_map(GRID, "kept").figure)
+    assert numbers == (
+        "series,row,column,value\n"
+        "kept,0.1,100,90.0\nkept,0.1,1000,nan\nkept,10,100,50.0\nkept,10,1000,70.0\n"
+    )
+
+
 DRAWN = [
     lambda ax: plots.accuracy_over_epochs(ROWS, ax),
     lambda ax: plots.accuracy_against_kept(ROWS, ax),
@@ -284,6 +350,18 @@ def contrast(colour: Any, page: float) -> float:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
     levels = sorted((float(np.dot(linear, (0.2126, 0.7152, 0.0722))), page))
     return (levels[1] + 0.05) / (levels[0] + 0.05)
+
+
+def test_each_colour_can_be_seen_on_white_and_on_the_dark_ground_of_slides() -> None:
+    dark = 1.05 / contrast("#14181e", 1.0) - 0.05  # its luminance
+    for colour in plots.COLOURS:
+        assert contrast(colour, 1.0) >= 3 and contrast(colour, dark) >= 3, colour
+
+
+def test_dots_on_one_another_can_be_seen_and_have_an_opaque_outline() -> None:
+    dots = plots.spread(CURVES, "size").lines[0]
+    assert dots.get_markeredgecolor() == plots.COLOURS[0]
+    assert to_rgba(dots.get_markerfacecolor())[3] < 1 and dots.get_alpha() is None
 
 
 @pytest.mark.parametrize("draw", DRAWN)
