@@ -1,7 +1,7 @@
 """Prose: a chapter's Markdown block by block, for pages that Sphinx does not make."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from mdit_py_plugins.colon_fence import colon_fence_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.myst_role import myst_role_plugin
 
 from book._ext.quiz import answers_in
 
@@ -80,9 +81,17 @@ def _formula(content: str, options: dict[str, Any]) -> str:
     return left + escape(content, quote=False) + right
 
 
+def _role(renderer: Any, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
+    """A role's text, without its target; of a citation, which Sphinx alone can name, the key."""
+    text = re.sub(r"\s*<[^<>]*>$", "", tokens[at].content)
+    return escape(f"[{text}]" if tokens[at].meta["name"].startswith("cite") else text)
+
+
 MARKDOWN = (
     MarkdownIt("commonmark")
     .enable("table")
     .use(dollarmath_plugin, renderer=_formula)
     .use(colon_fence_plugin)
+    .use(myst_role_plugin)
 )
+MARKDOWN.add_render_rule("myst_role", _role)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 from book.prose import Block, blocks, inline, paragraph
 
@@ -34,11 +35,11 @@ class Slide:
 
 
 def write(stage: Path, target: Path) -> None:
-    """Write the deck of each notebook in `stage` that has slides, `target`/<name>.html."""
+    """Write the deck of each page of the book in `stage` that has slides, `target`/<name>.html."""
     target.mkdir(parents=True, exist_ok=True)
-    for notebook in sorted(stage.glob("*.ipynb")):
-        if slides := slides_of(notebook):
-            name = notebook.stem
+    for name in map(str, parse_toc_yaml(stage / "_toc.yml")):
+        notebook = stage / f"{name}.ipynb"
+        if notebook.is_file() and (slides := slides_of(notebook)):
             (target / f"{name}.html").write_text(deck(name, slides), encoding="utf-8")
 
 

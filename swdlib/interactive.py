@@ -15,11 +15,12 @@ import numpy as np
 from swdlib import plots
 from swdlib.records import HISTOGRAM_RANGE
 
-# In the handler, `this` is the slider; its frames are the images beside it.
+# In the handler, `this` is the slider; its frames are the images beside it. Unless autocomplete is
+# off, a browser that goes back moves the slider to where it was, and tells no handler.
 _SLIDER = """<figure class="swd-frames" style="margin: 0">
 <label style="display: block">shown: <b>{first}</b>
-<input type="range" min="0" max="{last}" value="0" style="display: block; width: 100%"
-aria-valuetext="{first}" oninput="
+<input type="range" min="0" max="{last}" value="0" autocomplete="off"
+style="display: block; width: 100%" aria-valuetext="{first}" oninput="
 const figure = this.closest('figure'), frames = figure.querySelectorAll('img');
 frames.forEach((frame, k) => frame.hidden = k != this.value);
 const label = frames[this.value].dataset.label;

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import swdlib
 from book import api, build, probes, reruns, slides
+from book.prose import blocks, inline
 from swdlib.cli import parser
 from swdlib.config import Config
 from swdlib.records import Record, address, load, path_of, save
@@ -175,10 +176,10 @@ def test_commands_pass_what_was_given(run: reruns.Run) -> None:
 def test_table_tells_type_default_allowed_values_and_meaning(run: reruns.Run) -> None:
     rows = reruns.parameter_table(run.parameters).splitlines()[2:]
     seed, sparsity, recipe, shares = ([c.strip() for c in row.split(" | ")] for row in rows)
-    assert seed == ["| `seed`", "int", "`0`", "0 or more", "the first |"]
-    assert sparsity[1:4] == ["float", "`None`: 0.9 (recipe swd)", "in [0, 1)"]
-    assert "han2015" in recipe[3] and recipe[4] == "method |"
-    assert shares[2:] == ["`[0.1, 0.2]`", "–", r"a\_b \/ c\* |"]
+    assert seed == ["| `seed`", "the first", "int", "`0`", "0 or more |"]
+    assert sparsity[2:] == ["float", "`None`: 0.9 (recipe swd)", "in [0, 1) |"]
+    assert "han2015" in recipe[4] and recipe[1] == "method"
+    assert shares[1] == r"a\_b \/ c\*" and shares[3:] == ["`[0.1, 0.2]`", "– |"]
 
 
 @pytest.mark.parametrize(
@@ -404,13 +405,45 @@ def test_deck_is_one_file_whose_links_lead_to_the_pages(lesson: list[slides.Slid
     assert slides.MATHJAX not in slides.deck("small", [slides.Slide("A", ["<p>b</p>"])])
 
 
+def contents(book: Path, *names: str) -> None:
+    """Write the _toc.yml of a book of these pages."""
+    files = "".join(f"- file: {name}\n" for name in names)
+    start = "format: jb-book\nroot: intro\nchapters:\n"
+    (book / "_toc.yml").write_text(start + files, encoding="utf-8")
+
+
 def test_chapters_without_slides_have_no_deck(tmp_path: Path, lesson: list[slides.Slide]) -> None:
     stored(tmp_path, prose("# Other")).rename(tmp_path / "other.ipynb")
     stored(tmp_path, prose(TITLE, "slide"))
+    contents(tmp_path, "small", "other")
     slides.write(tmp_path, tmp_path / "slides")
     assert [path.name for path in (tmp_path / "slides").iterdir()] == ["small.html"]
     line = '- <a href="slides/small.html">A <em>page</em></a>, 1 slides'
     assert slides.listing(tmp_path, ["small", "other"]) == line
+
+
+def test_notebook_that_is_no_page_has_no_deck(tmp_path: Path) -> None:
+    for name in ("out", "small"):
+        stored(tmp_path, prose(TITLE, "slide")).rename(tmp_path / f"{name}.ipynb")
+    contents(tmp_path, "small")
+    slides.write(tmp_path, tmp_path / "slides")
+    assert [path.name for path in (tmp_path / "slides").iterdir()] == ["small.html"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("the {term}`push`.", "the push."),
+        ("{term}`Pushes <push>` and `<code>`", "Pushes and <code>&lt;code&gt;</code>"),
+        ("{term}`a & b`", "a &amp; b"),
+        ("as shown {cite}`han2015`.", "as shown [han2015]."),
+        ("`{term}` and {term} stay", "<code>{term}</code> and {term} stay"),
+    ],
+)
+def test_role_on_a_slide_shows_its_text(text: str, shown: str) -> None:
+    assert inline(text) == shown
+    [block] = blocks(f"- {text}")
+    assert block.html.strip() == f"<ul>\n<li>{shown}</li>\n</ul>"
 
 
 LESSON = ("what-is-pruning", "swd-from-scratch", "lagrangian-smoothing")  # of one hour

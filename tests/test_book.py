@@ -25,6 +25,8 @@ from torch import nn
 from book import build, reruns
 from swdlib import SelectiveWeightDecay
 from swdlib.criteria import magnitude
+from swdlib.interactive import weights_over_training
+from swdlib.records import HISTOGRAM_BINS
 from swdlib.schedules import Exponential
 from tests.conftest import unavailable
 
@@ -481,6 +483,8 @@ def test_page_turns_dark(html: Path, page: Page, name: str) -> None:
 
 DECKS = [name for name in NOTEBOOKS if tagged(read(name), "slide")]
 ON_SHOW = "[...document.querySelectorAll('section')].map(s => s.checkVisibility())"
+LOOKS = """["notes", "dark"].map(id => document.getElementById(id).getAttribute("aria-pressed"))
+    .concat(getComputedStyle(document.body).backgroundColor)"""
 SWIPE = """across => {
     const touch = x => new Touch({identifier: 1, target: document.body, clientX: x, clientY: 300});
     const send = (name, touches) => document.body.dispatchEvent(
@@ -510,14 +514,14 @@ def test_deck_can_be_shown_and_read(html: Path, page: Page, name: str) -> None:
     assert slide_shown(page) == last > 4
     for image in page.locator("img").all():
         assert len((image.get_attribute("alt") or "").split()) > 8
-    page.keyboard.press("n")
+    page.get_by_role("button", name="Notes").click()
     page.emulate_media(media="print")
     assert all(page.evaluate(ON_SHOW))
     for mode in ("light", "dark"):
         page.evaluate("mode => { document.documentElement.dataset.theme = mode; }", mode)
         assert page.evaluate(FINDINGS, [{}, {"empty-table-header": "th"}]) == []
     assert page.locator("mjx-merror").count() == 0
-    assert not re.search(r"\\\(|\\\[|\$\$", page.evaluate(VISIBLE_TEXT))
+    assert not re.search(r"\\\(|\\\[|\$\$|\{\w+\}", page.evaluate(VISIBLE_TEXT))
     assert visit.faults == []
 
 
@@ -525,7 +529,7 @@ def test_deck_can_be_shown_and_read(html: Path, page: Page, name: str) -> None:
 def test_slides_follow_keys_buttons_swipes_and_the_address(html: Path, page: Page) -> None:
     visit = Visit(page, (html / "slides" / f"{DECKS[0]}.html").as_uri() + "#3")
     assert slide_shown(page) == 2
-    for key, number in ((" ", 3), ("PageUp", 2), ("Home", 0), ("ArrowLeft", 0), ("ArrowRight", 1)):
+    for key, number in (("ArrowRight", 3), ("Home", 0), ("ArrowLeft", 0), ("ArrowRight", 1)):
         page.keyboard.press(key)
         assert slide_shown(page) == number
     for across, number in ((-120, 2), (120, 1), (-20, 1)):
@@ -536,9 +540,42 @@ def test_slides_follow_keys_buttons_swipes_and_the_address(html: Path, page: Pag
     notes = page.get_by_role("button", name="Notes")
     notes.click()
     assert notes.get_attribute("aria-pressed") == "true"
-    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_space_and_page_keys_read_a_tall_slide_to_its_end(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / "slides" / f"{DECKS[0]}.html").as_uri() + "#3")
+    page.add_style_tag(content="main > section { height: 250vh; overflow: hidden; }")
+    for on, back in ((" ", "Shift+ "), ("PageDown", "PageUp")):
+        places = []
+        for key in (on, on, on, back, "ArrowRight", on, back, back):
+            page.keyboard.press(key)
+            places.append((slide_shown(page), page.evaluate("Math.round(scrollY)")))
+        part, end = places[0][1], places[1][1]
+        assert 0 < part < 844 < end and page.evaluate("innerHeight") == 844
+        seen = [(2, part), (2, end), (3, 0), (2, 0), (3, 0), (3, part), (3, 0), (2, 0)]
+        assert places == seen
+    page.keyboard.press(" ")
+    page.keyboard.press("ArrowRight")
+    assert slide_shown(page) == 3
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_letters_do_nothing_and_a_button_turns_the_slides_dark(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / "slides" / f"{DECKS[0]}.html").as_uri())
+    light, button = page.evaluate(LOOKS), page.get_by_role("button", name="Dark")
+    page.keyboard.press("n")
     page.keyboard.press("d")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    assert page.evaluate(LOOKS) == light and light[:2] == ["false", "false"]
+    page.emulate_media(color_scheme="dark")
+    page.locator("#dark[aria-pressed=true]").wait_for()
+    dark = page.evaluate(LOOKS)
+    assert dark[2] != light[2]
+    for key, looks in ((" ", light), ("Enter", dark)):
+        button.press(key)
+        assert page.evaluate(LOOKS) == looks and slide_shown(page) == 0
     assert visit.faults == []
 
 
@@ -619,6 +656,10 @@ def test_live_model_diverges_where_the_library_does(script: Page) -> None:
     expected = np.array(path_by_library(problem, settings))
     assert found["diverged"] == (np.abs(expected) >= 1e3).any(axis=1).argmax() > 0
     assert found["product"] == pytest.approx(10)
+    written = script.evaluate("([p, r]) => swdModel.csv(p, r)", [problem, found])
+    rows = np.loadtxt(written.splitlines(), delimiter=",", skiprows=1)
+    assert rows[:, 0].tolist() == list(range(found["diverged"]))
+    assert (np.abs(rows[:, 1:3]) < 1e3).all()
     stable = 880  # from here on rate * a * mu is above 2
     np.testing.assert_allclose(found["points"][:stable], expected[:stable], rtol=1e-9, atol=1e-9)
 
@@ -672,7 +713,10 @@ def test_live_model_is_driven_with_the_keyboard(html: Path, page: Page) -> None:
     rate = page.get_by_label("learning rate")
     rate.press("End")
     assert rate.get_attribute("aria-valuetext") == "0.7"
-    assert status.inner_text().startswith("Diverged at step")
+    assert f"of {problem['steps']}." in status.inner_text()
+    diverged = re.match(r"Diverged at step (\d+)", status.inner_text())
+    link = unquote(model.get_by_role("link", name="CSV").get_attribute("href") or "")
+    assert diverged and len(link.splitlines()) == int(diverged[1]) + 1
     page.get_by_label("update rule").select_option("proximal")
     assert "it has no bound" in status.inner_text()
     with page.expect_download() as download:
@@ -689,6 +733,18 @@ def test_live_model_is_driven_with_the_keyboard(html: Path, page: Page) -> None:
     )
     assert visit.faults == []
     assert page.evaluate(OVERFLOW) <= 0
+
+
+@pytest.mark.slow
+def test_live_model_is_in_step_when_the_browser_comes_back(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / f"{LIVE}.html").as_uri())
+    rate, status = page.get_by_label("learning rate"), page.locator(".swd-model [role=status]")
+    first = (rate.input_value(), status.inner_text())
+    rate.press("End")
+    page.goto((html / f"{PAGES[0]}.html").as_uri())
+    page.go_back()
+    assert (rate.input_value(), status.inner_text()) == first
+    assert visit.faults == []
 
 
 @pytest.mark.slow
@@ -718,6 +774,20 @@ def test_slider_shows_one_frame_at_a_time(html: Path, page: Page) -> None:
         assert slider.get_attribute("aria-valuetext") == label
         assert page.locator(".swd-frames b").inner_text() == label
     assert visit.faults == []
+
+
+def test_slider_is_in_step_when_the_browser_comes_back(browser: Browser, tmp_path: Path) -> None:
+    counts = [0] * HISTOGRAM_BINS
+    shown = weights_over_training({str(k): {"zeros": k, "counts": counts} for k in range(3)})
+    (tmp_path / "page.html").write_text(shown.text, encoding="utf-8")
+    (tmp_path / "other.html").write_text("", encoding="utf-8")
+    with tab(browser, WIDTHS["desktop"]) as page:
+        page.goto((tmp_path / "page.html").as_uri())
+        page.get_by_label("shown").press("End")
+        page.goto((tmp_path / "other.html").as_uri())
+        page.go_back()
+        value = int(page.get_by_label("shown").input_value())
+        assert [i for i in range(3) if page.locator("img").nth(i).is_visible()] == [value]
 
 
 # Questions to check oneself, and how a page was made

@@ -1,11 +1,12 @@
 // Slides: one is shown at a time. Arrow keys, space, Page Up and Down, Home and End, swipes and two
-// buttons move; n shows the notes, d turns dark and back. Without this script all slides are shown.
+// buttons move; two more show the notes and turn dark. Without this script all slides are shown.
 "use strict";
 
 {
     const slides = [...document.querySelectorAll("main > section")];
     const root = document.documentElement;
     const find = name => document.getElementById(name);
+    const EMPTY = 30; // pixels at the end of a slide, above the buttons, that hold nothing
     let at = 0;
 
     const show = number => {
@@ -19,32 +20,43 @@
     };
     const numberInAddress = () => (parseInt(location.hash.slice(1), 10) || 1) - 1;
 
+    // A slide that is taller than the window is read to its end, or start, before it is left.
+    const turn = direction => {
+        const below = root.scrollHeight - root.clientHeight - window.scrollY;
+        const left = direction > 0 ? below : window.scrollY;
+        if (left < EMPTY) show(at + direction);
+        else window.scrollBy(0, direction * 0.8 * root.clientHeight);
+    };
+
     const toggleNotes = () => {
         const shown = root.classList.toggle("with-notes");
         find("notes").setAttribute("aria-pressed", shown);
     };
+    const preference = matchMedia("(prefers-color-scheme: dark)");
     const isDark = () => root.dataset.theme
         ? root.dataset.theme === "dark"
-        : matchMedia("(prefers-color-scheme: dark)").matches;
-    const toggleDark = () => { root.dataset.theme = isDark() ? "light" : "dark"; };
+        : preference.matches;
+    const showDark = () => find("dark").setAttribute("aria-pressed", isDark());
+    const toggleDark = () => {
+        root.dataset.theme = isDark() ? "light" : "dark";
+        showDark();
+    };
 
     const keys = {
         ArrowRight: () => show(at + 1),
         ArrowLeft: () => show(at - 1),
-        PageDown: () => show(at + 1),
-        PageUp: () => show(at - 1),
-        " ": () => show(at + 1),
+        PageDown: () => turn(1),
+        PageUp: () => turn(-1),
+        " ": event => turn(event.shiftKey ? -1 : 1),
         Home: () => show(0),
         End: () => show(slides.length - 1),
-        n: toggleNotes,
-        d: toggleDark,
     };
     document.addEventListener("keydown", event => {
         const own = event.key === " " && event.target.closest("button, summary, a");
         if (own || event.ctrlKey || event.altKey || event.metaKey || !keys[event.key]) return;
         if (event.key.startsWith("Arrow") && scrolls(event.target)) return;
         event.preventDefault();
-        keys[event.key]();
+        keys[event.key](event);
     });
 
     // What is too wide for the slide is scrolled, by keys or a finger, and not left.
@@ -69,7 +81,10 @@
     find("back").addEventListener("click", () => show(at - 1));
     find("on").addEventListener("click", () => show(at + 1));
     find("notes").addEventListener("click", toggleNotes);
+    find("dark").addEventListener("click", toggleDark);
+    preference.addEventListener("change", showDark);
     window.addEventListener("hashchange", () => show(numberInAddress()));
     root.classList.add("one-at-a-time");
+    showDark();
     show(numberInAddress());
 }

@@ -35,7 +35,8 @@
     return `<label>${label} <select name="${name}">${options.join("")}</select></label>`;
   };
 
-  const controls = (problem) => `<form>
+  // With autocomplete, a browser that goes back would change the fields once the picture is drawn.
+  const controls = (problem) => `<form autocomplete="off">
     ${Object.keys(RANGES).map((name) => slider(name, problem[name])).join("")}
     ${choice("target", "target", TARGETS)}${choice("update", "update rule", UPDATES)}
     <button type="reset">Reset</button></form>`;
@@ -82,12 +83,11 @@
       label(spot(problem.start), "start") + label(spot(problem.trained), "trained", 9, -5);
   };
 
-  const picture = (problem, { points, diverged }) => {
-    const drawn = points.slice(0, diverged ?? points.length);
-    const line = drawn.map((w) => spot(w).join()).join(" ");
+  const picture = (problem, { points }) => {
+    const line = points.map((w) => spot(w).join()).join(" ");
     return `<svg class="area" aria-hidden="true" x="${EDGE}" width="${SIZE - EDGE}" height="${SIZE - EDGE}"
       viewBox="${EDGE} 0 ${SIZE - EDGE} ${SIZE - EDGE}">${contours(problem)}
-      <polyline points="${line}"/>${marks(problem, drawn)}</svg>${frame()}`;
+      <polyline points="${line}"/>${marks(problem, points)}</svg>${frame()}`;
   };
 
   const show = (problem, [svg, form, status, link]) => {

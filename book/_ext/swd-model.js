@@ -55,10 +55,12 @@ const swdModel = (() => {
     return w;
   };
 
+  // Once weights are too far away they are not shown: soon they are no numbers.
   const run = (problem, settings) => {
-    const points = path(problem, settings);
-    const end = points[points.length - 1];
-    const far = points.findIndex((w) => !w.every((value) => Math.abs(value) < TOO_FAR));
+    const all = path(problem, settings);
+    const end = all[all.length - 1];
+    const far = all.findIndex((w) => !w.every((value) => Math.abs(value) < TOO_FAR));
+    const points = far < 0 ? all : all.slice(0, far);
     const product = settings.rate * Math.max(settings.aMin, settings.aMax) * problem.weightDecay;
     const removed = selected(settings.target, end);
     return { points, end, removed, product, diverged: far < 0 ? null : far };
@@ -71,10 +73,10 @@ const swdModel = (() => {
 
   const three = (value) => (Math.round(value * 1e3) / 1e3 + 0).toFixed(3).replace("-", "−");
 
-  const describe = (problem, settings, { points, end, removed, product, diverged }) => {
+  const describe = (problem, settings, { end, removed, product, diverged }) => {
     const bound = settings.update === "gradient" ? "the bound is near 2" : "it has no bound";
     const largest = `Largest product of rate, a and μ: ${Number(product.toPrecision(2))}; ${bound}.`;
-    if (diverged !== null) return `Diverged at step ${diverged} of ${points.length - 1}. ${largest}`;
+    if (diverged !== null) return `Diverged at step ${diverged} of ${problem.steps}. ${largest}`;
     const where = `End: w = (${end.map(three).join(", ")}), loss ${three(lossOf(problem, end))}`;
     if (removed === null) return `${where}. Nothing is selected, so there is nothing to cut.`;
     const [now, then, least] = [end, problem.trained, constrained(problem, removed)].map((w) =>
