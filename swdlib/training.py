@@ -7,11 +7,13 @@ accelerate: on a CPU, a GPU, or several processes, each of which works on its sh
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
+from inspect import getclosurevars
 from pathlib import Path
+from types import FunctionType
 from typing import Any, get_args
 
 import torch
@@ -142,9 +144,18 @@ def _in_words(setting: Any) -> str:
         by = _in_words(setting.criterion), _in_words(setting.allocation)
         return f"cut {setting.sparsity:g} of {_in_words(setting.structure)} by {', '.join(by)}"
     if isinstance(setting, partial):
-        given = [f"{name}={_in_words(value)}" for name, value in setting.keywords.items()]
-        return f"{_in_words(setting.func)}({', '.join(given)})"
-    return getattr(setting, "__qualname__", None) or ADDRESS.sub("", repr(setting))
+        return f"{_in_words(setting.func)}({_listed(setting.keywords)})"
+    if isinstance(setting, FunctionType):
+        held = getclosurevars(setting).nonlocals
+        plain = {
+            n: v for n, v in held.items() if isinstance(v, int | float | str) or is_dataclass(v)
+        }
+        return setting.__name__ + (f"({_listed(plain)})" if plain else "")
+    return getattr(setting, "__name__", None) or ADDRESS.sub("", repr(setting))
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_in_words(value)}" for name, value in settings.items())
 
 
 class _Loop:

@@ -26,15 +26,16 @@ from swdlib.recipes import (
     Prune,
     Train,
     han2015,
+    liu2017,
     one_shot,
     random_pruning,
     soft,
     swd,
     zhu2017,
 )
-from swdlib.schedules import Constant, Linear
-from swdlib.structures import blocks, kernels, n_of_m, weights
-from swdlib.training import Options, train
+from swdlib.schedules import Constant, Linear, growing
+from swdlib.structures import blocks, filters, kernels, n_of_m, weights
+from swdlib.training import Options, _in_words, train
 
 BATCH = 8
 STEPS = 5  # batches in an epoch of `toy_data`
@@ -232,6 +233,17 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None
     file.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"run\.pt is no readable checkpoint; delete it"):
         run_quietly(perceptron(), toy_data(), swd_phases(), checkpoint=file)
+
+
+def test_settings_that_a_function_holds_are_told_in_words() -> None:
+    rate = Linear(0.1, 0.01)
+    slim, slimmer = (liu2017(2, rate, 0.5, kernels, 1, l1=l1)[0] for l1 in (1e-4, 1e-3))
+    assert "l1=0.0001" in _in_words(slim) and "l1=0.001" in _in_words(slimmer)
+    grown = [growing("per_step", 0.1, a_max, 1.0, rate) for a_max in (1e4, 1e5)]
+    assert _in_words(grown[0]) != _in_words(grown[1])
+    assert _in_words(grown[0]) == _in_words(growing("per_step", 0.1, 1e4, 1.0, rate))
+    assert _in_words(filters(torch.zeros(1))) == "filters"
+    assert _in_words(object()) == "<object object>"
 
 
 @pytest.mark.parametrize(
