@@ -550,12 +550,12 @@ def test_buttons_lead_to_the_repository(tmp_path: Path) -> None:
 
 def test_a_line_ends_between_no_number_and_its_percent_sign() -> None:
     percent = nodes.paragraph(
-        "", "", nodes.Text("98 % of 5 weights, 7\n% in "), nodes.literal("", "9 %")
+        "", "", nodes.Text("98 % of 5 weights, in "), nodes.literal("", "9 %")
     )
     page = new_document("page")
     page += percent
     spaces.tie(Mock(), page)
-    assert percent.astext().replace("\N{NO-BREAK SPACE}", "_") == "98_% of 5 weights, 7_% in 9 %"
+    assert percent.astext() == "98\N{NO-BREAK SPACE}% of 5 weights, in 9 %"
 
 
 def test_words_are_spelt_right() -> None:

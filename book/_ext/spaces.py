@@ -6,7 +6,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 
-PERCENT = re.compile(r"(?<=\d)\s(?=%)")
+PERCENT = re.compile(r"(?<=\d) (?=%)")
 EXACT = (nodes.literal, nodes.math, nodes.raw, nodes.FixedTextElement)  # code and formulas
 
 
