@@ -65,8 +65,7 @@ def run(
             checkpoint.unlink(missing_ok=True)
         data = load_data(config.dataset, config.data_root, device=device, holdout=config.holdout)
     model = build(config, data)
-    more = {"checkpoint": checkpoint, "code": code_digest(), "progress": progress}
-    options = options_of(config, **more)
+    options = options_of(config, checkpoint=checkpoint, code=code_digest(), progress=progress)
     if config.tracker:
         trackers = path.parent / "trackers"
         options["log_to"] = Tracker(config.tracker, trackers, path.stem, config.settings())

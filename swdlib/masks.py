@@ -18,6 +18,8 @@ from swdlib.structures import Coupled, Group, NofM, Structure, either
 
 Masks = dict[str, Tensor]
 
+DIVERGED = "training has diverged; lower the learning rate or the penalty, or clip gradients"
+
 
 class NotFinite(ValueError):
     """A weight, score or loss is NaN or infinite: training has diverged."""
@@ -246,8 +248,7 @@ def _require_finite(groups: Sequence[Group], scores: Sequence[Tensor]) -> None:
         if not float(score.max()) < math.inf:
             raise NotFinite(
                 f"{group.name} holds NaN or infinite weights (or scores), so nothing can be "
-                "ranked: training has diverged; lower the learning rate or the penalty, or clip "
-                "gradients"
+                f"ranked: {DIVERGED}"
             )
 
 

@@ -66,7 +66,7 @@ def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if _without_results(rows):
         return ax
     finals = rows.groupby("run", sort=False).tail(1)
-    for i, (name, runs) in enumerate(finals.groupby(finals.apply(_method, axis=1), sort=False)):
+    for i, (name, runs) in enumerate(finals.groupby(finals.apply(method_of, axis=1), sort=False)):
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.plot(runs["parameters"], runs["top1"], ls="", markersize=8, label=name, **look)
         means = runs.groupby("target_sparsity")[["parameters", "top1"]].mean()
@@ -295,10 +295,11 @@ def pictures(images: Mapping[str, Any], ax: Axes | None = None, *, columns: int 
 def name_of(row: "pd.Series[Any]") -> str:
     """The name of a row's run: its recipe, number of cuts and target sparsity in percent."""
     target = f" at {100 * row['target_sparsity']:g} %" if row["target_sparsity"] > 0 else ""
-    return _method(row) + target
+    return method_of(row) + target
 
 
-def _method(row: "pd.Series[Any]") -> str:
+def method_of(row: "Mapping[str, Any] | pd.Series[Any]") -> str:
+    """The name of a row's method: its recipe, and its number of cuts if there are several."""
     cuts = row["iterations"] or 1  # None or NaN where the recipe has none
     return f"{row['recipe']}, {cuts:.0f} cuts" if cuts > 1 else str(row["recipe"])
 

@@ -134,7 +134,7 @@ def _ends(node: Any, has_maps_of_three: bool) -> bool:
     cuts = isinstance(module, ops._ReshapeOp) and _cuts_up(node.grad_fn, has_maps_of_three)
     averages = isinstance(module, nn.LayerNorm | nn.GroupNorm)
     holds = any(True for _ in module.parameters())
-    along = _along_channels(node.grad_fn, 0 if has_maps_of_three else 3)
+    along = _along_channels(node.grad_fn, has_maps_of_three)
     return averages or holds or mixes or cuts or along
 
 
@@ -162,17 +162,15 @@ def _cuts_up(view: Any, has_maps_of_three: bool) -> bool:
     return not (flattens or folds or of_parameter or before[1:2] == after[1:2])
 
 
-def _along_channels(operation: Any, unclear: int) -> bool:
-    """Whether an operation along a dimension, a sum or a softmax, is along that of the channels.
-
-    In a tensor of `unclear` dimensions the channels may be along any.
-    """
+def _along_channels(operation: Any, has_maps_of_three: bool) -> bool:
+    """Whether an operation along a dimension, a sum or a softmax, is along that of the channels."""
     dims = getattr(operation, "_saved_dim", None)
     if dims is None or "queeze" in operation.name():
         return False
     rank = len(_shapes(operation)[0])
     signed = [d if d < rank else d - 2**64 for d in (dims if isinstance(dims, tuple) else (dims,))]
-    return rank != unclear and any(d % rank == 1 for d in signed)
+    unclear = rank == 3 and not has_maps_of_three  # then it may be any
+    return not unclear and any(d % rank == 1 for d in signed)
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -26,6 +26,7 @@ from swdlib import checkpoints
 from swdlib.devices import Precision, Tracker, can_be_channels_last, make_accelerator
 from swdlib.evaluation import BATCH, Data, means, sums_over_test
 from swdlib.masks import (
+    DIVERGED,
     Masks,
     NotFinite,
     apply_,
@@ -43,7 +44,6 @@ Row = dict[str, Any]
 
 # The options that a run must keep when it resumes; the phases are told apart as well.
 TELLING = ("seed", "batch_size", "precision", "clip", "code")
-REMEDY = "training has diverged; lower the learning rate or the penalty, or clip gradients"
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -304,9 +304,11 @@ class _Loop:
     def _end_epoch(self) -> Row:
         loss, correct = (self.accelerator.reduce(self.totals.clone()) / self.at.images).tolist()
         if not math.isfinite(loss):
-            raise NotFinite(f"the training loss of epoch {self.at.epochs + 1} is {loss}: {REMEDY}")
+            raise NotFinite(
+                f"the training loss of epoch {self.at.epochs + 1} is {loss}: {DIVERGED}"
+            )
         if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
-            raise NotFinite(f"after epoch {self.at.epochs + 1} a weight is not finite: {REMEDY}")
+            raise NotFinite(f"after epoch {self.at.epochs + 1} a weight is not finite: {DIVERGED}")
         seconds = self.at.seconds
         self.totals.zero_()
         self.at = self.at.next_epoch()
