@@ -51,9 +51,9 @@ NOT_STAGED = (
     "*.py",
     "__pycache__",
     ".ipynb_checkpoints",
-    "smoke",
     "checkpoints",
 )
+MADE_ANEW = Path("records", "smoke")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -155,6 +155,7 @@ def copy_sources(book: Path, stage: Path) -> None:
     """Copy the book to a fresh folder; runs of an earlier build are left behind."""
     shutil.rmtree(stage, ignore_errors=True)
     shutil.copytree(book, stage, ignore=shutil.ignore_patterns(*NOT_STAGED))
+    shutil.rmtree(stage / MADE_ANEW, ignore_errors=True)
 
 
 def notebook_names(book: Path) -> list[str]:
@@ -202,7 +203,8 @@ def within(files: list[str], folders: tuple[Path, ...]) -> list[Path]:
         for folder in folders
         if Path(file).is_relative_to(folder.resolve())
     ]
-    return sorted({path for path in found if not set(path.parts) & set(NOT_STAGED)})
+    own = (path for path in found if not path.is_relative_to(MADE_ANEW))
+    return sorted({path for path in own if not set(path.parts) & set(NOT_STAGED)})
 
 
 def insert_box(notebook: Path, run: reruns.Run) -> None:

@@ -8,8 +8,10 @@ import nbformat
 
 from book.reruns import Figure
 from swdlib.notebooks import CSV
+from swdlib.plots import for_both_grounds
 
 PROBE = "probe"  # the tag of these cells
+SVG = "image/svg+xml"
 
 
 def added(source: Path) -> Any:
@@ -36,13 +38,19 @@ def files_read(notebook: Any) -> list[str]:
 
 
 def numbers_drawn(notebook: Any, root: Path, folder: str) -> list[Figure]:
-    """Move the numbers of figures from the outputs of a notebook to files in `root`/`folder`."""
+    """Move the numbers of figures from the outputs of a notebook to files in `root`/`folder`.
+
+    The figures are made fit for dark pages.
+    """
     (root / folder).mkdir(parents=True, exist_ok=True)
     figures: list[Figure] = []
     for cell in notebook.cells:
         words = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
         for output in cell.get("outputs", []):
-            if numbers := output.get("data", {}).pop(CSV, None):
+            data = output.get("data", {})
+            if svg := data.get(SVG):
+                data[SVG] = for_both_grounds(svg)
+            if numbers := data.pop(CSV, None):
                 name = f"{folder}/figure-{len(figures) + 1}.csv"
                 (root / name).write_text(numbers, encoding="utf-8")
                 figures.append(Figure(name, words))

@@ -199,13 +199,14 @@ def every_record(folder: Path) -> str:
 
 
 def every_grid(folder: Path) -> str:
-    """Return a row a grid file: what it is for, the command that runs it, and how many runs."""
-    rows = []
+    """Return a part for each grid file: how many runs, what for, and the command that does them."""
+    parts = []
     for path in sorted(folder.glob("*.toml")):
         purpose, command, *_ = (line.strip("# ") for line in path.read_text("utf-8").splitlines())
         link = f"{{download}}`{path.name} <grids/{path.name}>`"
-        rows.append([link, purpose, f"`{command}`", len(read_grid(path))])
-    return table(["grid", "what for", "command", "runs"], rows)
+        parts.append(f"{link}, {len(read_grid(path))} runs. {purpose}")
+        parts.append(f"```sh\n{command}\n```")
+    return "\n\n".join(parts)
 
 
 def picture(folder: Path) -> str:
@@ -248,14 +249,16 @@ def shell(config: dict[str, Any]) -> str:
 
 def expected(folder: Path) -> str:
     """Return what runs on record ended with on the test images: over seeds, mean and range."""
-    ends: dict[tuple[str, str], list[float]] = {}
+    ends: dict[str, list[float]] = {}
+    sources = set()
     for record in map(load, committed(folder)):
         if record.status == "finished" and not record.config["holdout"]:
-            source = record.provenance["dataset"]["source"]
-            key = shell(record.config | {"seed": 0}), f"{record.config['dataset']}, {source}"
-            ends.setdefault(key, []).append(record.final["top1"])
+            command = shell(record.config | {"seed": 0})
+            ends.setdefault(command, []).append(record.final["top1"])
+            sources.add(f"{record.config['dataset']}, {record.provenance['dataset']['source']}")
     rows = []
-    for (command, data), top1 in sorted(ends.items()):
+    for command, top1 in sorted(ends.items()):
         span = f"{min(top1):.2f} to {max(top1):.2f}" if len(top1) > 1 else "–"
-        rows.append([f"`{command}`", data, len(top1), f"{fmean(top1):.2f}", span])
-    return table(["command", "data", "seeds", "mean Top-1 (%)", "lowest to highest"], rows)
+        rows.append([f"{fmean(top1):.2f}", span, len(top1), f"`{command}`"])
+    found = table(["mean Top-1 (%)", "lowest to highest", "seeds", "command"], rows)
+    return f"Data: {'; '.join(sorted(sources))}.\n\n{found}"

@@ -6,6 +6,7 @@ the rest.
 """
 
 import re
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -115,9 +116,10 @@ def _with_room(slides: list[Slide]) -> Slide:
 def _shown(output: Any, cell: Any) -> str:
     """An output as HTML: a picture, a table or text. What needs a script stays on the page."""
     data = output.get("data", {})
-    if "image/png" in data:
+    if svg := data.get("image/svg+xml"):
         alt = escape(cell.metadata.mystnb.image.alt, quote=True)
-        return f'<img alt="{alt}" src="data:image/png;base64,{data["image/png"].strip()}">'
+        source = b64encode(svg.encode()).decode()
+        return f'<img alt="{alt}" src="data:image/svg+xml;base64,{source}">'
     if "<table" in (html := data.get("text/html", "")) and "<script" not in html:
         table = re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL)
         return f'<div class="wide" tabindex="0">{table}</div>'

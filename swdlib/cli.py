@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,14 @@ from swdlib.claims import Busy
 from swdlib.config import Config, type_of
 from swdlib.devices import find_device, is_main_process
 from swdlib.dryruns import dry_run
-from swdlib.places import BUSY, local, on_ray, run_alone
+from swdlib.places import BUSY, Place, local, on_ray, run_alone
 from swdlib.records import load_records, tabulate
 from swdlib.sweeps import grid, read_grid, sweep
 
 if TYPE_CHECKING:
     import pandas as pd
 
+PLACES = {"local": ("jobs",), "ray": ("cpus", "gpus", "address")}  # flags that each alone has
 SHOWN = [
     *("dataset", "data_source", "model", "width", "recipe", "structure", "target_sparsity"),
     *("epochs", "seed", "status", "sparsity", "parameters", "loss", "top1", "top5", "run"),
@@ -103,11 +105,12 @@ def _command(
 def _add_places(command: argparse.ArgumentParser) -> None:
     command.add_argument("grid", nargs="?", metavar="GRID.toml", help="file of settings and lists")
     add = command.add_argument
-    add("--on", choices=("local", "ray"), default="local", help="where the runs are done")
+    add("--on", choices=tuple(PLACES), default="local", help="where the runs are done")
     add("--retries", type=int, default=2, help="how often a run that fails is begun again")
-    add("--jobs", type=int, default=1, help="local: processes at a time")
-    add("--cpus", type=float, default=1, help="ray: processors that a run asks for")
-    add("--gpus", type=float, default=0, help="ray: GPUs that a run asks for")
+    add = partial(command.add_argument, default=argparse.SUPPRESS)
+    add("--jobs", type=int, help="local: processes at a time (default: 1)")
+    add("--cpus", type=float, help="ray: processors that a run asks for (default: 1)")
+    add("--gpus", type=float, help="ray: GPUs that a run asks for (default: 0)")
     add("--address", help="ray: of a cluster (default: RAY_ADDRESS, or this machine)")
 
 
@@ -161,12 +164,9 @@ def _sweep(options: argparse.Namespace) -> None:
     given = _given(options)
     configs = read_grid(options.grid, given) if options.grid else grid(given)
     folder = Path(options.records or records.default_folder())
-    if options.on == "ray":
-        where = on_ray(folder, cpus=options.cpus, gpus=options.gpus, address=options.address)
-    else:
+    if options.on == "local":
         _warn_of_emulation(configs)
-        where = local(folder, options.jobs)
-    with where as place:
+    with _place(options, folder) as place:
         outcomes = list(sweep(configs, folder, place, retries=options.retries, tell=_say))
     table = tabulate(outcome.record for outcome in outcomes if outcome.record)
     if not table.empty:
@@ -175,6 +175,15 @@ def _sweep(options: argparse.Namespace) -> None:
     if failed:
         lines = [f"\n  {outcome.config.title()}: {outcome.error}" for outcome in failed]
         raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed:{''.join(lines)}")
+
+
+def _place(options: argparse.Namespace, folder: Path) -> AbstractContextManager[Place]:
+    """Where the runs are done; ValueError if a flag is that of another place."""
+    given = {n: getattr(options, n) for names in PLACES.values() for n in names if n in options}
+    if foreign := [name for name in given if name not in PLACES[options.on]]:
+        own = " and ".join(f"--{name}" for name in PLACES[options.on])
+        raise ValueError(f"--{foreign[0]} means nothing with --on {options.on}, which has {own}")
+    return on_ray(folder, **given) if options.on == "ray" else local(folder, **given)
 
 
 def _warn_of_emulation(configs: Sequence[Config]) -> None:

@@ -134,7 +134,7 @@ def _frame(figure: Any, words: str, label: str, hidden: bool) -> str:
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "swdlib"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
-    source = base64.b64encode(buffer.getvalue().encode()).decode()
+    source = base64.b64encode(plots.for_both_grounds(buffer.getvalue()).encode()).decode()
     return (
         f'<img src="data:image/svg+xml;base64,{source}" alt="{html.escape(words)}" '
         f'data-label="{html.escape(label)}" class="dark-light" style="width: 100%"'

@@ -41,7 +41,7 @@ def _assigned(source: str) -> set[str]:
 def keep_numbers() -> None:
     """From here on, what a notebook shows brings the numbers behind it along as text/csv.
 
-    Figures do, and whatever has a method `_repr_csv_`.
+    Figures do, which are drawn as SVG, and whatever has a method `_repr_csv_`.
 
     Also notes the JSON files that are opened, for `files_read`. To be called in a notebook's kernel
     alone: neither can be undone.
@@ -49,6 +49,7 @@ def keep_numbers() -> None:
     from IPython import get_ipython  # there is one wherever a notebook runs
     from IPython.core.formatters import BaseFormatter
     from matplotlib.figure import Figure
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
     from traitlets import ObjectName, Unicode
 
     class CsvFormatter(BaseFormatter):
@@ -61,6 +62,7 @@ def keep_numbers() -> None:
                 return figure_csv(shown) or None
             return super().__call__(shown)
 
+    set_matplotlib_formats("svg")
     display = get_ipython().display_formatter
     display.formatters[CSV] = CsvFormatter(parent=display)
     sys.addaudithook(_note_reading)

@@ -1,10 +1,10 @@
 """Plots: records in, matplotlib Axes out.
 
 A table `rows` is what `load_records` returns, or a part of it. Each function draws on `ax`, or on a
-new figure if it is None, and returns the Axes. Backgrounds are transparent and text is mid-grey, so
-a figure can be read on a light and on a dark page; colours are seaborn's colour-blind palette,
-darkened where it is too pale for a white page. What has no entry in the legend has its name as gid,
-for the table of the figure's numbers.
+new figure if it is None, and returns the Axes. Backgrounds are transparent and text is grey, paler
+on dark pages (`for_both_grounds`), so that a figure can be read there too; colours are seaborn's
+colour-blind palette, darkened where it is too pale for a white page. What has no entry in the
+legend has its name as gid, for the table of the figure's numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,8 @@ from matplotlib.transforms import Affine2D
 
 from swdlib.records import HISTOGRAM_RANGE
 
-INK = "#7d7d7d"
+# Text needs a contrast of 4.5:1 (WCAG 1.4.3), which no grey has on white and on a dark page.
+INK, PALE_INK = "#747474", "#949494"
 # Lines need a contrast of 3:1 (WCAG 1.4.11), on white and on the dark ground of slides. On white,
 # five colours of seaborn's palette have less. These are darker here, though not all alike, and so
 # is vermilion, so that colour-blind readers can still tell them apart.
@@ -112,6 +113,8 @@ def schedule(schedules: Mapping[str, Callable[[float], float]], ax: Axes | None 
 def sparsity_cliff(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Accuracy `top1` against `sparsity`, both columns of `frame`; a line for each `allocation`."""
     ax = _axes(ax, "sparsity (% of weights removed)", "Top-1 accuracy (%)")
+    if frame.empty:
+        return ax
     for i, (label, part) in enumerate(frame.groupby("allocation", sort=False)):
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         style = STYLES[i % len(STYLES)]
@@ -194,7 +197,8 @@ def timeline(shares: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axes
             ax.plot(share.index, drawn, transform=place, **look)
             if j == 0:
                 ax.fill_between(share.index, share, color=COLOURS[0], alpha=0.35, transform=place)
-        ax.set_xlim(0, table.index.max())
+    if ends := [table.index.max() for table in shares.values() if len(table)]:
+        ax.set_xlim(0, max(ends))
     ax.set_yticks(-np.arange(len(shares)) + 0.35, list(shares))
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(0.8 - len(shares), 0.9)
@@ -226,8 +230,12 @@ def heat_map(table: pd.DataFrame, label: str, ax: Axes | None = None) -> Axes:
     `label` is that of the colours. Where a value is missing, the run diverged: a cross.
     """
     ax = _axes(ax, str(table.columns.name), str(table.index.name))
+    if table.empty:
+        return ax
     look = {"annot": True, "fmt": ".0f", "cmap": "cividis", "cbar_kws": {"label": label}}
     look["gid"] = label
+    if table.isna().all(axis=None):
+        look |= {"vmin": 0, "vmax": 1}  # seaborn finds none
     ax.grid(visible=False)
     sns.heatmap(table, ax=ax, **look)
     ax.invert_yaxis()
@@ -281,6 +289,8 @@ def pictures(images: Mapping[str, Any], ax: Axes | None = None, *, columns: int 
     """Pictures in rows of `columns`, each under its name: label -> (height, width, 3), 0 to 255."""
     rows = -(-len(images) // columns)
     ax = _axes(ax, "", "", rows=6 * rows)
+    if not images:
+        return ax
     ax.grid(visible=False)
     for i, (label, pixels) in enumerate(images.items()):
         height, width = np.shape(pixels)[:2]
@@ -290,6 +300,16 @@ def pictures(images: Mapping[str, Any], ax: Axes | None = None, *, columns: int 
     ax.set(xlim=(0, 1.1 * min(columns, len(images)) - 0.1), ylim=(1.25 * rows - 0.25, -0.25))
     ax.set_axis_off()
     return ax
+
+
+def for_both_grounds(svg: str) -> str:
+    """A figure as SVG whose grey is paler on dark pages: where `color-scheme`, in CSS, is dark."""
+    rules = "".join(
+        f'[style*="{part}: {INK}"] {{ {part}: {PALE_INK} !important }}'
+        for part in ("fill", "stroke")
+    )
+    style = f"<style>@media (prefers-color-scheme: dark) {{ {rules} }}</style>"
+    return svg.replace("<defs>", f"{style}<defs>", 1)
 
 
 def name_of(row: "pd.Series[Any]") -> str:

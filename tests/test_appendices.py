@@ -254,9 +254,8 @@ def test_command_of_a_record_makes_that_record(path: Path) -> None:
 def test_grids_are_listed_with_their_commands(tmp_path: Path) -> None:
     lines = ["# Two seeds.", "#     swdlib sweep some.toml", "seed = [0, 1]"]
     (tmp_path / "some.toml").write_text("\n".join(lines), "utf-8")
-    link = "{download}`some.toml <grids/some.toml>`"
-    row = f"| {link} | Two seeds. | `swdlib sweep some.toml` | 2 |"
-    assert reruns.every_grid(tmp_path).splitlines()[2:] == [row]
+    first = "{download}`some.toml <grids/some.toml>`, 2 runs. Two seeds."
+    assert reruns.every_grid(tmp_path) == f"{first}\n\n```sh\nswdlib sweep some.toml\n```"
 
 
 @pytest.mark.parametrize(
@@ -287,11 +286,12 @@ def test_expected_results_are_over_seeds_alone(tmp_path: Path) -> None:
     put(62.0, sparsity=0.5, seed=1)
     put(70.0, sparsity=0.9)
     put(80.0, sparsity=0.9, holdout=0.1)  # not on the test images
-    rows = reruns.expected(tmp_path).splitlines()[2:]
+    data, _, _, _, *rows = reruns.expected(tmp_path).splitlines()
+    assert data == "Data: cifar10, files."
+    command = "swdlib run --profile laptop --recipe swd"
     assert rows == [
-        "| `swdlib run --profile laptop --recipe swd` | cifar10, files | 1 | 70.00 | – |",
-        "| `swdlib run --profile laptop --recipe swd --sparsity 0.5` | cifar10, files | 2 | 61.00 "
-        "| 60.00 to 62.00 |",
+        f"| 70.00 | – | 1 | `{command}` |",
+        f"| 61.00 | 60.00 to 62.00 | 2 | `{command} --sparsity 0.5` |",
     ]
 
 
@@ -346,7 +346,8 @@ MANY = "\n\n".join(["$$a$$"] * 4)
 MISTAKE = ":::{admonition} Common mistake: haste\n:class: warning\nNever *do* that.\n:::"
 QUESTION = ":::{quiz} How much is $1 + 1$?\n- [ ] 3\n  Too many.\n- [x] 2\n  Yes.\n:::"
 ENDING = f"After the figure.\n\n{MISTAKE}\n\n## Exercises\n\n**1.** Compute.\n\n{QUESTION}"
-PICTURE = nbformat.v4.new_output("display_data", {"image/png": "aGk=\n", "text/plain": "<Figure>"})
+DRAWING = {"image/svg+xml": "<svg/>", "text/plain": "<Figure>"}
+PICTURE = nbformat.v4.new_output("display_data", DRAWING)
 TABLE = nbformat.v4.new_output("execute_result", {"text/html": "<style>x</style><table></table>"})
 PRINTED = nbformat.v4.new_output("stream", name="stdout", text="1 < 2\n")
 
@@ -387,7 +388,7 @@ def test_slide_shows_the_start_formulas_and_outputs_and_notes_the_rest(
     assert shown.startswith("<p>First. More of it.</p><p>It is where")
     assert r"\[a = b &amp; c\]" in shown and r"\(a_b &lt; 1\)" in shown
     assert "<pre" in shown and "1 &lt; 2" in shown and "hidden" not in shown
-    assert 'alt="A &quot;line&quot;: it rises." src="data:image/png;base64,aGk="' in shown
+    assert 'alt="A &quot;line&quot;: it rises." src="data:image/svg+xml;base64,PHN2Zy8+"' in shown
     assert "<table>" not in shown  # there is no room beside a picture
     assert "<table>" in lesson[1].shown[0] and "<style>" not in lesson[1].shown[0]
     assert lesson[0].notes == ['<p>Second <a href="other.ipynb#there">link</a>.</p>']

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from papermill.exceptions import PapermillExecutionError
+from PIL import Image
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 from playwright.sync_api import Error as BrowserError
 from sphinx_external_toc.parsing import parse_toc_yaml
@@ -26,6 +28,7 @@ from book import build, reruns
 from swdlib import SelectiveWeightDecay
 from swdlib.criteria import magnitude
 from swdlib.interactive import weights_over_training
+from swdlib.plots import INK, PALE_INK
 from swdlib.records import HISTOGRAM_BINS
 from swdlib.schedules import Exponential
 from tests.conftest import unavailable
@@ -576,6 +579,22 @@ def test_letters_do_nothing_and_a_button_turns_the_slides_dark(html: Path, page:
     for key, looks in ((" ", light), ("Enter", dark)):
         button.press(key)
         assert page.evaluate(LOOKS) == looks and slide_shown(page) == 0
+    assert visit.faults == []
+
+
+# Figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_figures_are_vectors_and_paler_on_a_dark_page(html: Path, page: Page, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    visit = Visit(page, (html / "schedules.html").as_uri())
+    figure = page.locator('.cell_output img[src$=".svg"]').first
+    figure.scroll_into_view_if_needed()
+    drawn = Image.open(BytesIO(figure.screenshot())).convert("RGB")
+    colours = {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in drawn.getdata()}
+    assert (INK in colours, PALE_INK in colours) == (scheme == "light", scheme == "dark")
     assert visit.faults == []
 
 

@@ -103,6 +103,20 @@ def test_a_sweep_of_a_grid_file_tells_at_the_end_what_failed(
     assert capsys.readouterr().out.count("begun again") == 4
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--gpus", "2"], "--gpus means nothing with --on local, which has --jobs"),
+        (["--on", "local", "--address", "auto"], "--address means nothing with --on local"),
+        (["--on", "ray", "--jobs", "2"], "--on ray, which has --cpus and --gpus and --address"),
+    ],
+)
+def test_a_flag_of_another_place_is_refused(flags: list[str], told: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=told):
+        cli.main(["sweep", *QUICK, *flags, "--records", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_is_done_elsewhere_has_an_exit_status_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,11 @@ from sphinx.application import Sphinx
 HERE = Path(__file__).parent
 
 # Class of the element -> the files that fill it, which lie beside this one.
-WIDGETS = {"swd-model": ("swd-model.js", "swd-model-page.js", "swd-model.css")}
+WIDGETS = {
+    "swd-model": ("swd-model.js", "swd-model-page.js", "swd-model.css"),
+    "swd-schedule": ("swd-schedule.js", "swd-schedule-page.js", "swd-schedule.css"),
+    "swd-runs": ("swd-runs.js", "swd-runs.css"),
+}
 
 
 def load_files(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
