@@ -22,6 +22,8 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from IPython.core.displayhook import DisplayHook
+from IPython.core.inputtransformer2 import TransformerManager
 from papermill.exceptions import PapermillExecutionError
 from sphinx_external_toc.parsing import parse_toc_yaml
 
@@ -53,6 +55,7 @@ NOT_STAGED = (
     ".ipynb_checkpoints",
     "checkpoints",
 )
+PICTURES = {"image/svg+xml", "image/png", "text/html"}
 MADE_ANEW = Path("records", "smoke")
 
 
@@ -125,6 +128,7 @@ def run_page(book: Path, stage: Path, profile: str, name: str) -> reruns.Run:
     shutil.copy(source, stage / "data" / name)
     # A run that ends meanwhile leaves a record that is not staged.
     run.files = [str(p) for p in within(run.files, (book, stage)) if (stage / p).is_file()]
+    reruns.zip_files(run, stage)
     insert_box(staged, run)
     return run
 
@@ -229,6 +233,7 @@ def fill(stage: Path, runs: list[reruns.Run]) -> None:
         "records": lambda: reruns.every_record(records),
         "picture": lambda: reruns.picture(records),
         "expected": lambda: reruns.expected(records),
+        "live": lambda: reruns.live(stage / "measurements" / "expected.json", runs),
         "slides": lambda: slides.listing(stage, [run.name for run in runs]),
     }
     for page in stage.glob("*.md"):
@@ -242,7 +247,7 @@ def fill(stage: Path, runs: list[reruns.Run]) -> None:
 
 
 def check_outputs(notebook: Path) -> None:
-    """Raise ValueError unless every code cell ran, without an error, and one shows something.
+    """Raise ValueError unless every code cell ran without an error and shows what it should.
 
     Jupyter Book publishes a notebook that never ran or that failed without a warning.
     """
@@ -258,11 +263,40 @@ def check_outputs(notebook: Path) -> None:
         raise ValueError(f"{notebook.name} has a cell that never ran")
     if cells and not outputs:
         raise ValueError(f"{notebook.name} ran but shows no output")
+    for cell in cells:
+        if lost := missing(cell):
+            raise ValueError(f"{notebook.name} has a cell that shows no {lost}: {cell.source}")
+
+
+def missing(cell: Any) -> str:
+    """Return what a cell of code should show and does not; nothing if all is there."""
+    shown = {output.get("name", output.output_type) for output in cell.outputs}
+    shown |= {kind for output in cell.outputs for kind in output.get("data", {})}
+    source = TransformerManager().transform_cell(cell.source)  # magics as plain Python
+    body = ast.parse(source).body
+    if "image" in cell.metadata.get("mystnb", {}) and not shown & PICTURES:
+        return "figure"
+    if "print" in map(function_of, body) and "stdout" not in shown:
+        return "text"
+    quiet = DisplayHook.semicolon_at_end_of_expression(source)
+    if quiet or not body or not isinstance(body[-1], ast.Expr):
+        return ""
+    # A function may print and return nothing; a method has a value here.
+    values = {"execute_result", "stdout"} if function_of(body[-1]) else {"execute_result"}
+    return "" if shown & values else "value"
+
+
+def function_of(line: ast.stmt) -> str:
+    """Return the name of the function, not a method, that a line of code calls."""
+    match line:
+        case ast.Expr(value=ast.Call(func=ast.Name(id=name))):
+            return str(name)
+    return ""
 
 
 def strip(book: Path) -> None:
     """Rewrite the stored notebooks without what a run leaves in them."""
-    for path in sorted(book.glob("*.ipynb")):
+    for path in (book / f"{name}.ipynb" for name in notebook_names(book)):
         fresh = path.with_suffix(".tmp")
         fresh.write_text(stripped(path), encoding="utf-8")
         os.replace(fresh, path)

@@ -1,5 +1,6 @@
 """How a page was made, as Markdown: its command, parameters, data, records, and what to expect."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import nbformat
 import papermill
@@ -74,7 +76,7 @@ def box(run: Run) -> str:
     if run.figures:
         parts.append("The numbers behind each figure:\n\n" + figure_list(run))
     if run.files:
-        parts.append(f"Read from the book: {files_read(run.files)}.")
+        parts.append(f"Read from the book: {files_read(run)}.")
     return "\n\n".join([*parts, ":::"])
 
 
@@ -91,15 +93,18 @@ def make(run: Run) -> str:
 
 
 def parameter_table(parameters: dict[str, Any]) -> str:
-    """Return a row a parameter: name, its meaning, type, default and what is allowed."""
+    """Return a row a parameter: name, its meaning, type, default and what is allowed.
+
+    A page may be stricter than the library; it says so in a parameter's comment.
+    """
     rows = []
     for name, about in parameters.items():
         kind = about["inferred_type_name"]
         setting = SETTINGS.get(name)
-        meaning = about["help"] or (setting.metadata["meaning"] if setting else "")
-        rows.append(
-            [f"`{name}`", escaped(meaning), kind, default(name, about["default"]), allowed(name)]
-        )
+        own, _, stricter = about["help"].partition("; allowed: ")
+        meaning = escaped(own or (setting.metadata["meaning"] if setting else ""))
+        shown = default(name, about["default"])
+        rows.append([f"`{name}`", meaning, kind, shown, stricter or allowed(name)])
     return table(["name", "meaning", "type", "default", "allowed"], rows)
 
 
@@ -145,12 +150,40 @@ def file_link(path: str) -> str:
     return f"{{download}}`{Path(path).name} <{path}>`"
 
 
-def files_read(files: Sequence[str]) -> str:
-    """Return a link a file; of a folder from which many were read, its name."""
-    number = Counter(str(Path(path).parent) for path in files)
-    few = [file_link(path) for path in files if number[str(Path(path).parent)] <= MANY]
-    many = [f"{n} files in `book/{folder}`" for folder, n in number.items() if n > MANY]
-    return ", ".join(few + many)
+def files_read(run: Run) -> str:
+    """Return a link a file, and one to all files of a folder from which many were read."""
+    many = many_files(run)
+    few = [file_link(path) for path in run.files if str(Path(path).parent) not in many]
+    zipped = [
+        f"{{download}}`{len(files)} files <{zip_of(run, folder)}>` of `book/{folder}`"
+        for folder, files in many.items()
+    ]
+    return ", ".join(few + zipped)
+
+
+def many_files(run: Run) -> dict[str, list[str]]:
+    """Return the folders from which a page read too many files to list, with these files."""
+    number = Counter(str(Path(path).parent) for path in run.files)
+    return {
+        folder: [path for path in run.files if str(Path(path).parent) == folder]
+        for folder, n in number.items()
+        if n > MANY
+    }
+
+
+def zip_of(run: Run, folder: str) -> str:
+    """Return the name of the file that holds what a page read from a folder."""
+    return f"data/{run.name}/{folder.replace('/', '-')}.zip"
+
+
+def zip_files(run: Run, stage: Path) -> None:
+    """Write these files, to be downloaded at once; the same files give the same bytes."""
+    for folder, files in many_files(run).items():
+        with ZipFile(stage / zip_of(run, folder), "w") as archive:
+            for path in sorted(files):
+                info = ZipInfo(path)  # with a date that is always the same
+                info.external_attr = 0o644 << 16  # or else nobody may read what is unpacked
+                archive.writestr(info, (stage / path).read_bytes(), ZIP_DEFLATED)
 
 
 def figure_list(run: Run) -> str:
@@ -184,7 +217,7 @@ def every_page(runs: Iterable[Run]) -> str:
             figure_list(run) if run.figures else "It has no figure with a file of its own."
         )
         if run.files:
-            parts.append(f"Read from the book: {files_read(run.files)}.")
+            parts.append(f"Read from the book: {files_read(run)}.")
     return "\n\n".join(parts)
 
 
@@ -256,9 +289,29 @@ def expected(folder: Path) -> str:
             command = shell(record.config | {"seed": 0})
             ends.setdefault(command, []).append(record.final["top1"])
             sources.add(f"{record.config['dataset']}, {record.provenance['dataset']['source']}")
-    rows = []
+    several, one = [], []
     for command, top1 in sorted(ends.items()):
-        span = f"{min(top1):.2f} to {max(top1):.2f}" if len(top1) > 1 else "–"
-        rows.append([f"{fmean(top1):.2f}", span, len(top1), f"`{command}`"])
-    found = table(["mean Top-1 (%)", "lowest to highest", "seeds", "command"], rows)
-    return f"Data: {'; '.join(sorted(sources))}.\n\n{found}"
+        row = [f"{fmean(top1):.2f}", f"`{command}`"]
+        if len(top1) == 1:
+            one.append(row)
+        else:
+            several.append([row[0], f"{min(top1):.2f} to {max(top1):.2f}", len(top1), row[1]])
+    found = table(["mean Top-1 (%)", "lowest to highest", "seeds", "command"], several)
+    examples = table(["Top-1 (%)", "command"], one)
+    more = f":::{{dropdown}} Examples, of one seed each: {len(one)}\n{examples}\n:::"
+    return f"Data: {'; '.join(sorted(sources))}.\n\n{found}\n\n{more}"
+
+
+def live(path: Path, runs: Iterable[Run]) -> str:
+    """Return what pages that run live ended with: over seeds, mean and range."""
+    titles = {run.name: run.title for run in runs}
+    rows = []
+    for page, section in json.loads(path.read_text("utf-8")).items():
+        found = list(section["runs"].values())
+        first = f"[{titles.get(page, page)}]({page}.ipynb)"
+        for words in found[0]:
+            values = [run[words] for run in found]
+            spread = [f"{of(values):.1f}" for of in (min, fmean, max)]
+            rows.append([first, words, *spread, len(values)])
+            first = ""  # the lines below are of the same page
+    return table(["page", "what", "lowest (%)", "mean (%)", "highest (%)", "seeds"], rows)

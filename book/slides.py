@@ -17,6 +17,7 @@ import nbformat
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 from book.prose import Block, blocks, inline, paragraph
+from swdlib.plots import for_both_grounds
 
 FILES = Path(__file__).parent / "_ext"
 LEFT_OUT = ("Parameters", "Check yourself", "Exercises")
@@ -116,14 +117,21 @@ def _with_room(slides: list[Slide]) -> Slide:
 def _shown(output: Any, cell: Any) -> str:
     """An output as HTML: a picture, a table or text. What needs a script stays on the page."""
     data = output.get("data", {})
-    if svg := data.get("image/svg+xml"):
+    html = data.get("text/html", "")
+    if svg := data.get("image/svg+xml") or _drawn(html):
         alt = escape(cell.metadata.mystnb.image.alt, quote=True)
         source = b64encode(svg.encode()).decode()
         return f'<img alt="{alt}" src="data:image/svg+xml;base64,{source}">'
-    if "<table" in (html := data.get("text/html", "")) and "<script" not in html:
+    if "<table" in html and "<script" not in html:
         table = re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL)
         return f'<div class="wide" tabindex="0">{table}</div>'
     return _text(output.text) if output.get("name") == "stdout" else ""
+
+
+def _drawn(html: str) -> str:
+    """The picture of runs in an output, whose points cannot be pointed at on a slide."""
+    found = re.search(r'<div class="swd-runs">(<svg.*?</svg>)', html, re.DOTALL)
+    return for_both_grounds(found[1]) if found else ""
 
 
 def _text(text: str) -> str:

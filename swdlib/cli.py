@@ -148,7 +148,10 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    config = Config(**_given(options))
+    given = _given(options)
+    config = Config(**given)
+    if unused := [name for name, value in given.items() if getattr(config, name) != value]:
+        print(f"swdlib: {config.recipe} does not use {', '.join(unused)}", file=sys.stderr)
     _warn_of_emulation([config])
     if options.dry_run:
         estimate = dry_run(config)
@@ -201,13 +204,18 @@ def _say(line: str) -> None:
 def _show(options: argparse.Namespace) -> None:
     table = load_records(options.records)
     if table.empty:
-        raise ValueError("there is no record yet; `swdlib run` makes one")
+        folder = options.records or records.default_folder()
+        raise ValueError(f"there is no record in {folder}; `swdlib run` makes one")
     print(tidy(table).to_string(index=False, na_rep="-"))
 
 
 def _check(options: argparse.Namespace) -> None:
     folder = Path(options.records or records.default_folder())
     root = Path(options.data_root) if options.data_root else None
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder of the records")
+    if root and not root.is_dir():
+        raise ValueError(f"--data-root must be a folder, not {root}")
     wrong = total = 0
     for found in audit_all(folder, root):
         _say(str(found))

@@ -185,6 +185,7 @@ class Config:
         self._require("in [0, 1)", lambda v: 0 <= v < 1, "sparsity", "momentum", "holdout")
         self._require("in [0, 1]", lambda v: 0 <= v <= 1, "ramp_begin", "ramp_end")
         self._require("0 or more", lambda v: v >= 0, "weight_decay", "l1", "seed")
+        self._require("below 2**63", lambda v: v < 2**63, "seed")
         self._require("false if momentum is 0", lambda v: not v or self.momentum > 0, "nesterov")
 
     def _require(self, allowed: str, holds: Callable[[Any], bool], *names: str) -> None:

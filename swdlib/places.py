@@ -130,6 +130,9 @@ def on_ray(
     machine. On a cluster, all machines see `folder` under the same path and have swdlib installed.
     Ray retries nothing: the sweep does.
     """
+    for name, number in {"cpus": cpus, "gpus": gpus}.items():
+        if not number >= 0:
+            raise ValueError(f"{name} must be 0 or more, not {number:g}")
     ray = _import_ray()
     folder = folder.absolute()  # a worker's current folder is another
     started = not ray.is_initialized()

@@ -4,7 +4,7 @@ A table `rows` is what `load_records` returns, or a part of it. Each function dr
 new figure if it is None, and returns the Axes. Backgrounds are transparent and text is grey, paler
 on dark pages (`for_both_grounds`), so that a figure can be read there too; colours are seaborn's
 colour-blind palette, darkened where it is too pale for a white page. What has no entry in the
-legend has its name as gid, for the table of the figure's numbers.
+legend has its name as gid, for the table of the figure's numbers, and so has an axis without label.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -199,6 +199,7 @@ def timeline(shares: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axes
                 ax.fill_between(share.index, share, color=COLOURS[0], alpha=0.35, transform=place)
     if ends := [table.index.max() for table in shares.values() if len(table)]:
         ax.set_xlim(0, max(ends))
+    ax.yaxis.set_gid("share")
     ax.set_yticks(-np.arange(len(shares)) + 0.35, list(shares))
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(0.8 - len(shares), 0.9)
@@ -220,6 +221,7 @@ def spread(
     for i, (name, of_name) in enumerate(values.items()):
         ax.plot(of_name, [-i] * len(of_name), "o", label="" if i else dot, gid=f"{name}", **dots)
         ax.plot(of_name.mean(), -i, "|", label="" if i else "mean", gid=f"{name}, mean", **bar)
+    ax.yaxis.set_gid("row")
     ax.set_yticks(rows, list(values.columns))
     return _legend_above(ax)
 

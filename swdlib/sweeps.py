@@ -91,6 +91,8 @@ def sweep(
     fails is begun again `retries` times, from its checkpoint; then the others go on without it.
     `tell` is called with lines that say where the sweep is and when it will be over.
     """
+    if retries < 0:
+        raise ValueError(f"retries must be 0 or more, not {retries}")
     return _Sweep(configs, folder, place, retries, tell).outcomes()
 
 

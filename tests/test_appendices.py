@@ -3,14 +3,17 @@
 import doctest
 import importlib
 import io
+import os
 import re
 import shlex
 import subprocess
 import sys
+from base64 import b64decode
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
+from zipfile import ZipFile
 
 import nbformat
 import pytest
@@ -23,6 +26,7 @@ from torch import Tensor
 import swdlib
 from book import api, build, probes, reruns, slides
 from book.prose import blocks, inline
+from swdlib import plots
 from swdlib.cli import parser
 from swdlib.config import Config
 from swdlib.records import Record, address, load, path_of, save
@@ -149,7 +153,8 @@ OWN = """# What it is for.
 seed: int = 0  # the first
 sparsity: float = None
 recipe: str = "swd"
-shares: list = [0.1, 0.2]  # a_b | c*"""
+shares: list = [0.1, 0.2]  # a_b | c*
+width: int = 16  # maps; allowed: a multiple of 8"""
 
 
 @pytest.fixture
@@ -175,11 +180,13 @@ def test_commands_pass_what_was_given(run: reruns.Run) -> None:
 
 def test_table_tells_type_default_allowed_values_and_meaning(run: reruns.Run) -> None:
     rows = reruns.parameter_table(run.parameters).splitlines()[2:]
-    seed, sparsity, recipe, shares = ([c.strip() for c in row.split(" | ")] for row in rows)
+    found = [[cell.strip() for cell in row.split(" | ")] for row in rows]
+    seed, sparsity, recipe, shares, width = found
     assert seed == ["| `seed`", "the first", "int", "`0`", "0 or more |"]
     assert sparsity[2:] == ["float", "`None`: 0.9 (recipe swd)", "in [0, 1) |"]
     assert "han2015" in recipe[4] and recipe[1] == "method"
     assert shares[1] == r"a\_b \/ c\*" and shares[3:] == ["`[0.1, 0.2]`", "– |"]
+    assert width[1] == "maps" and width[4] == "a multiple of 8 |"
 
 
 @pytest.mark.parametrize(
@@ -270,10 +277,41 @@ def test_command_of_a_grid_is_one(path: Path) -> None:
     )
 
 
-def test_of_many_files_the_folder_is_named() -> None:
+def test_many_files_of_a_folder_are_linked_as_one(tmp_path: Path, run: reruns.Run) -> None:
     many = [f"records/all/{i}.json" for i in range(reruns.MANY + 1)]
-    said = reruns.files_read([*many, "records/one.json"])
-    assert said == "{download}`one.json <records/one.json>`, 51 files in `book/records/all`"
+    for name in [*many, "records/all/other.json", "records/one.json", "data/small/x"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    run.files = [*many, "records/one.json"]
+    reruns.zip_files(run, tmp_path)
+    link = "{download}`51 files <data/small/records-all.zip>` of `book/records/all`"
+    one = "{download}`one.json <records/one.json>`"
+    assert reruns.files_read(run) == f"{one}, {link}"
+    assert f"Read from the book: {one}, {link}." in reruns.every_page([run])
+    assert [p.name for p in tmp_path.glob("data/small/*.zip")] == ["records-all.zip"]
+    with ZipFile(tmp_path / "data/small/records-all.zip") as archive:
+        assert archive.namelist() == sorted(many)
+        assert archive.read(many[7]).decode() == many[7]
+
+
+def test_few_files_are_linked_one_by_one(tmp_path: Path, run: reruns.Run) -> None:
+    run.files = [f"records/all/{i}.json" for i in range(reruns.MANY)]
+    reruns.zip_files(run, tmp_path)
+    assert reruns.files_read(run).count("{download}") == reruns.MANY
+    assert not list(tmp_path.rglob("*.zip"))
+
+
+def test_same_files_give_the_same_bytes(tmp_path: Path, run: reruns.Run) -> None:
+    found = []
+    for date, order in ((0, 1), (10**9, -1)):
+        run.files = [f"records/{i}.json" for i in range(reruns.MANY + 1)][::order]
+        for name in [*run.files, "data/small/x"]:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(name)
+            os.utime(tmp_path / name, (date, date))
+        reruns.zip_files(run, tmp_path)
+        found.append((tmp_path / "data/small/records.zip").read_bytes())
+    assert found[0] == found[1]
 
 
 def test_expected_results_are_over_seeds_alone(tmp_path: Path) -> None:
@@ -286,18 +324,34 @@ def test_expected_results_are_over_seeds_alone(tmp_path: Path) -> None:
     put(62.0, sparsity=0.5, seed=1)
     put(70.0, sparsity=0.9)
     put(80.0, sparsity=0.9, holdout=0.1)  # not on the test images
-    data, _, _, _, *rows = reruns.expected(tmp_path).splitlines()
+    several, one = reruns.expected(tmp_path).split(":::{dropdown} ")
+    data, _, _, _, *rows = several.strip().splitlines()
     assert data == "Data: cifar10, files."
     command = "swdlib run --profile laptop --recipe swd"
-    assert rows == [
-        f"| 70.00 | – | 1 | `{command}` |",
-        f"| 61.00 | 60.00 to 62.00 | 2 | `{command} --sparsity 0.5` |",
-    ]
+    assert rows == [f"| 61.00 | 60.00 to 62.00 | 2 | `{command} --sparsity 0.5` |"]
+    assert one.splitlines()[0] == "Examples, of one seed each: 1"
+    assert one.splitlines()[-2:] == [f"| 70.00 | `{command}` |", ":::"]
+
+
+def test_minutes_of_the_path_for_an_afternoon_are_those_of_its_pages() -> None:
+    intro = (build.BOOK / "intro.md").read_text("utf-8")
+    path = re.search(
+        r"^An afternoon\?(.*?): (\d+) minutes to read, and (\d+) more for the lab",
+        intro,
+        re.DOTALL | re.MULTILINE,
+    )
+    assert path
+    pages = re.findall(r"\((\S+)\.ipynb\)", path[1])
+    assert pages == [name for name in NOTEBOOKS if name in pages]  # in the order of the book
+    minutes = [reruns.describe(build.BOOK / f"{name}.ipynb", {}).minutes for name in pages]
+    assert int(path[2]) == sum(map(int, minutes))
+    lab = (build.BOOK / "prune-your-own.ipynb").read_text("utf-8")
+    assert f"the lab another {path[3]}" in lab
 
 
 def test_first_page_shows_each_epoch_of_a_run_on_record() -> None:
     text = reruns.picture(build.BOOK / "records")
-    assert re.findall(r'data-label="(.*?)"', text) == [f"epoch {i}" for i in range(1, 11)]
+    assert re.findall(r"<p>(.*?)</p>", text) == [f"epoch {i}" for i in range(1, 11)]
     before, after = (float(top1) for top1 in re.findall(r"(\d+\.\d\d) %", text)[-2:])
     assert abs(before - after) < 0.5
 
@@ -331,11 +385,87 @@ def test_faulty_quiz_is_refused(lines: list[str], fault: str) -> None:
         quiz.answers_in(lines)
 
 
+def prose_of(cells: list[Any]) -> str:
+    """Return the prose of a notebook's cells."""
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_chapter_has_questions_to_check_oneself(name: str) -> None:
     cells = nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells
-    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert text.count("\n:::{quiz} ") >= 3
+    assert prose_of(cells).count("\n:::{quiz} ") >= 3
+
+
+def faults_of(cells: list[Any]) -> list[str]:
+    """Return what a chapter lacks of what each of them has."""
+    text = prose_of(cells)
+    exercises = re.findall(r"^\*\*\d+\.\*\* ", text, re.MULTILINE)
+    has = {
+        "aims": ":::{admonition} What you will know at the end\n" in text,
+        "time": re.search(r"^Reading takes \d+ minutes\b", text, re.MULTILINE),
+        "exercises": len(exercises) >= 3,
+        "solutions": text.count("\n:::{dropdown} Solution\n") == len(exercises),
+        "mistake": ":::{admonition} Common mistake" in text,
+        "picture before formulas": not formulas(prose_of(before_picture(cells))),
+    }
+    return [name for name, found in has.items() if not found]
+
+
+def before_picture(cells: list[Any]) -> list[Any]:
+    """Return the cells before the first figure."""
+    drawn = ["image" in cell.metadata.get("mystnb", {}) for cell in cells]
+    return cells[: drawn.index(True)]
+
+
+def formulas(text: str) -> list[str]:
+    """Return the formulas of prose: displayed ones, and those that join symbols by a sign.
+
+    A lone symbol, a number and a product without a sign only name something.
+    """
+    plain = re.sub(r"`[^`\n]*`", "", text)
+    inline = re.findall(r"(?<!\$)\$([^$]+)\$(?!\$)", plain)
+    joined = (
+        r"[a-zA-Z})|] *([=<>+/-]|\\(le|ge|times|cdot|in)\b) *[\\a-zA-Z(|]|[a-zA-Z}]\^\{?\d|\\frac"
+    )
+    return re.findall(r"\$\$.+?\$\$", plain, re.DOTALL) + [
+        found for found in inline if re.search(joined, found)
+    ]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_chapter_has_all_its_parts_and_a_picture_before_the_first_formula(name: str) -> None:
+    assert not faults_of(nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("What you will know at the end", "Aims", "aims"),
+        ("Reading takes", "It takes", "time"),
+        ("**3.** ", "3. ", "exercises"),
+        (":::{dropdown} Solution", ":::{dropdown} Hint", "solutions"),
+        ("Common mistake", "Mistake", "mistake"),
+        ("## A small network", "$$a = b$$", "picture before formulas"),
+        ("## A small network", "Let $n = sN$ be.", "picture before formulas"),
+    ],
+)
+def test_chapter_without_a_part_is_found(old: str, new: str, fault: str) -> None:
+    cells = nbformat.read(build.BOOK / "what-is-pruning.ipynb", as_version=4).cells
+    for cell in cells:
+        cell.source = cell.source.replace(old, new)
+    assert fault in faults_of(cells)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("$a$, $a_{\\min}$, $w^*$, $\\eta\\, a\\, \\mu$, $5 \\cdot 10^4$ and `$a = b$`", []),
+        ("$k \\times k$ of $w_1$", ["k \\times k"]),
+        ("$s < t$:\n$$\na\n$$", ["$$\na\n$$", "s < t"]),
+    ],
+)
+def test_formulas_are_told_from_symbols(text: str, found: list[str]) -> None:
+    assert formulas(text) == found
 
 
 # Slides
@@ -465,6 +595,19 @@ def test_table_on_a_slide_scrolls_and_how_long_reading_takes_is_left_out(tmp_pat
     assert "A lot." in shown and "minutes" not in shown
 
 
+def test_picture_of_runs_is_drawn_on_a_slide_and_made_fit_for_a_dark_one(tmp_path: Path) -> None:
+    runs = '<div class="swd-runs"><svg><defs></defs></svg><p role="status">The best run</p></div>'
+    shown = nbformat.v4.new_output("execute_result", {"text/html": runs})
+    cell = code("f()", "slide", outputs=[shown])
+    cell.metadata["mystnb"] = {"image": {"alt": "Runs."}}
+    [slide] = slides.slides_of(stored(tmp_path, prose("# A page", "slide"), cell))
+    [image] = slide.shown
+    found = re.fullmatch(r'<img alt="Runs." src="data:image/svg\+xml;base64,(.*)">', image)
+    assert found is not None
+    picture = b64decode(found[1]).decode()
+    assert picture == plots.for_both_grounds("<svg><defs></defs></svg>") and "dark" in picture
+
+
 # On Colab
 
 ADDRESS = {"url": "https://github.com/someone/book", "branch": "main", "path_to_book": "book"}
@@ -557,6 +700,21 @@ def test_a_line_ends_between_no_number_and_its_percent_sign() -> None:
     page += percent
     spaces.tie(Mock(), page)
     assert percent.astext() == "98\N{NO-BREAK SPACE}% of 5 weights, in 9 %"
+
+
+def test_no_line_begins_with_the_mark_behind_a_short_formula() -> None:
+    page = new_document("page")
+    texts = [nodes.Text(text) for text in (", ", ", ", ").", " or ")]
+    long = nodes.math("", "a" * 41)
+    formulas = [long, *(nodes.math("", letter) for letter in "bcd")]
+    parts = [part for pair in zip(formulas, texts, strict=True) for part in pair]
+    page += nodes.paragraph("", "", *parts)
+    words = page.astext()
+    spaces.tie(Mock(), page)
+    tied = list(page.findall(nodes.inline))
+    assert [node.astext() for node in tied] == ["b,", "c)."]
+    assert all(node["classes"] == ["nobreak"] for node in tied)
+    assert page.astext() == words and long.parent is page[0]
 
 
 def test_words_are_spelt_right() -> None:

@@ -19,18 +19,19 @@ import pytest
 import torch
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
-from playwright.sync_api import Browser, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Playwright, sync_playwright
 from playwright.sync_api import Error as BrowserError
 from sphinx_external_toc.parsing import parse_toc_yaml
 from torch import nn
 
 from book import build, reruns
 from swdlib import SelectiveWeightDecay
+from swdlib.config import LR_SCHEDULES
 from swdlib.criteria import magnitude
 from swdlib.interactive import weights_over_training
-from swdlib.plots import INK, PALE_INK
-from swdlib.records import HISTOGRAM_BINS
-from swdlib.schedules import Exponential
+from swdlib.plots import INK, PALE_INK, method_of
+from swdlib.records import HISTOGRAM_BINS, load
+from swdlib.schedules import Constant, Exponential, Schedule, growing
 from tests.conftest import unavailable
 
 NOTEBOOKS = build.notebook_names(build.BOOK)
@@ -65,7 +66,8 @@ def tagged(notebook: Any, tag: str) -> list[Any]:
 
 def test_every_notebook_of_the_book_is_a_page() -> None:
     assert NOTEBOOKS
-    assert {path.stem for path in build.BOOK.glob("*.ipynb")} == set(NOTEBOOKS)
+    stored = {path.stem for path in build.BOOK.glob("*.ipynb")}
+    assert stored - {"out"} == set(NOTEBOOKS)  # out.ipynb is what papermill leaves
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -106,7 +108,16 @@ def stored(folder: Path, *cells: Any) -> Path:
 
 
 SHOWN = nbformat.v4.new_output("stream", name="stdout", text="1\n")
+VALUE = nbformat.v4.new_output("execute_result", {"text/plain": "1"})
 FAILED = nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=[])
+RAN = code("print(1)", count=1, outputs=[SHOWN])
+
+
+def figure(*outputs: Any) -> Any:
+    """Return a cell of code that ran and should have drawn a figure."""
+    cell = code("draw();", count=9, outputs=outputs)
+    cell.metadata["mystnb"] = {"image": {"alt": "A line."}}
+    return cell
 
 
 def test_unknown_parameter_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -158,6 +169,12 @@ def test_failing_page_stops_the_build_of_the_book(tmp_path: Path) -> None:
         ([code("f()", count=1, outputs=[FAILED])], "a cell that failed"),
         ([code("f()", count=1, outputs=[SHOWN]), code("g()")], "a cell that never ran"),
         ([code("f()", count=1), code("g()", count=2)], "shows no output"),
+        ([RAN, figure()], "a cell that shows no figure: draw"),
+        ([RAN, figure(SHOWN)], "no figure"),
+        ([RAN, code("print(1)\nx = 2", count=2)], "no text"),
+        ([RAN, code("print(1)\nx", count=2, outputs=[VALUE])], "no text"),
+        ([RAN, code("f()", count=2)], "no value"),
+        ([RAN, code("print(1)\nx.T", count=2, outputs=[SHOWN])], "no value"),
     ],
 )
 def test_page_that_would_mislead_is_refused(tmp_path: Path, cells: Any, fault: str) -> None:
@@ -168,7 +185,10 @@ def test_page_that_would_mislead_is_refused(tmp_path: Path, cells: Any, fault: s
 def test_page_that_ran_is_accepted(tmp_path: Path) -> None:
     prose = nbformat.v4.new_markdown_cell("Prose")
     ran = code("x = 1", count=1), code("print(x)", count=2, outputs=[SHOWN])
-    build.check_outputs(stored(tmp_path, prose, *ran, code("")))
+    quiet = code("x.sort();  # in place", count=3), code("%pip list\nx = 2", count=4)
+    shown = code("x.T", count=5, outputs=[VALUE]), code("told(x)", count=6, outputs=[SHOWN])
+    drawn = nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>"})
+    build.check_outputs(stored(tmp_path, prose, *ran, *quiet, *shown, figure(drawn), code("")))
 
 
 def test_stripping_removes_what_a_run_leaves(tmp_path: Path) -> None:
@@ -291,7 +311,11 @@ class Visit:
 @contextmanager
 def tab(browser: Browser, width: int) -> Iterator[Page]:
     """Open an empty tab without network."""
-    context = browser.new_context(viewport={"width": width, "height": 844}, offline=True)
+    context = browser.new_context(
+        viewport={"width": width, "height": 844},
+        has_touch=width == WIDTHS["phone"],
+        offline=True,
+    )
     context.set_default_timeout(20_000)
     yield context.new_page()
     context.close()
@@ -382,7 +406,7 @@ def test_page_is_light_enough_for_a_phone(visit: Visit) -> None:
 @pytest.mark.slow
 def test_scripts_of_a_page_load_nowhere_else(visit: Visit) -> None:
     loaded = visit.page.locator("script[src*=widgets], link[href*=widgets]").count()
-    assert (loaded > 0) == (visit.page.locator(".swd-model").count() > 0)
+    assert (loaded > 0) == (visit.page.locator(".swd-model, .swd-schedule, .swd-runs").count() > 0)
 
 
 # What axe-core finds against its rules and is left as it is -> where, and why.
@@ -480,6 +504,74 @@ def test_page_turns_dark(html: Path, page: Page, name: str) -> None:
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(int(part) for part in re.findall(r"\d+", colour)[:3]) < 64, colour
     assert visit.faults == []
+
+
+# Paper and phones
+
+# Words in colours whose contrast with white is below 4.5:1 (WCAG 1.4.3).
+FAINT_ON_PAPER = """() => {
+    const light = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(part => part / 255)
+        .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0);
+    return [...document.querySelectorAll("article *:not(script, style)")].filter(element =>
+        [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())
+        && element.checkVisibility()
+        && 1.05 / (light(getComputedStyle(element).color) + 0.05) < 4.5
+    ).map(element => `${element.className}: ${element.textContent.slice(0, 60)}`);
+}"""
+THEME = "document.documentElement.dataset.theme"
+STATIC = build.BOOK / "_static"
+
+
+@pytest.mark.slow
+def test_dark_page_is_printed_dark_on_white(html: Path, page: Page) -> None:
+    page.emulate_media(color_scheme="dark")
+    visit = Visit(page, (html / "swd-on-cifar10.html").as_uri())
+    page.add_style_tag(content=STILL)
+    body, code, value = ("article p", ".cell_input .n", ".cell.tag_parameters .mi")
+    assert all(page.locator(kind).count() for kind in (body, code, value))
+    assert page.evaluate(FAINT_ON_PAPER)  # pale on the screen
+    page.emulate_media(color_scheme="dark", media="print")
+    page.wait_for_function(f"{THEME} === 'light'")
+    assert page.evaluate(FAINT_ON_PAPER) == []
+    page.emulate_media(color_scheme="dark", media="screen")
+    page.wait_for_function(f"{THEME} === 'dark'")
+    assert visit.faults == []
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_theme_comes_back_after_each_printing(browser: Browser, theme: str) -> None:
+    with tab(browser, WIDTHS["desktop"]) as page:
+        page.set_content(f"<html data-theme={theme}>")
+        page.add_script_tag(path=STATIC / "print-light.js")
+        page.evaluate(f"seen = []; addEventListener('beforeprint', () => seen.push({THEME}))")
+        for count in (1, 2):
+            page.pdf()  # tells beforeprint and the query of the media
+            page.wait_for_function(f"!matchMedia('print').matches && {THEME} === '{theme}'")
+            assert page.evaluate("seen") == ["light"] * count
+        for name, expected in (("beforeprint", "light"), ("afterprint", theme)):
+            page.evaluate(f"dispatchEvent(new Event('{name}'))")
+            assert page.evaluate(THEME) == expected
+
+
+# What a cell printed and cannot be seen at once: its first words.
+CUT_OFF = """kind => [...document.querySelectorAll(`${kind} .cell_output .stream pre`)]
+    .filter(printed => printed.scrollWidth > printed.closest(".output").clientWidth)
+    .map(printed => printed.textContent.trim().slice(0, 40))"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scale-out", "smaller-networks"])
+def test_printed_words_wrap_on_a_phone_and_columns_do_not(
+    html: Path, browser: Browser, name: str
+) -> None:
+    with tab(browser, WIDTHS["phone"]) as page:
+        page.goto((html / f"{name}.html").as_uri())
+        assert page.locator(".cell_output .stream pre").count() > 5
+        assert page.evaluate(CUT_OFF, ".cell:not(.tag_columns)") == []
+        columns = page.locator(".tag_columns .cell_output .stream pre").count()
+        assert len(page.evaluate(CUT_OFF, ".tag_columns")) == columns
+        assert (columns > 0) == (name == "smaller-networks")
 
 
 # Slides
@@ -593,7 +685,7 @@ def test_figures_are_vectors_and_paler_on_a_dark_page(html: Path, page: Page, sc
     figure = page.locator('.cell_output img[src$=".svg"]').first
     figure.scroll_into_view_if_needed()
     drawn = Image.open(BytesIO(figure.screenshot())).convert("RGB")
-    colours = {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in drawn.getdata()}
+    colours = {f"#{pixel.tobytes().hex()}" for pixel in np.asarray(drawn).reshape(-1, 3)}
     assert (INK in colours, PALE_INK in colours) == (scheme == "light", scheme == "dark")
     assert visit.faults == []
 
@@ -652,9 +744,10 @@ def path_by_library(problem: dict[str, Any], settings: dict[str, Any]) -> list[l
 
 @pytest.fixture(scope="module")
 def script(browser: Browser) -> Iterator[Page]:
-    """Return an empty page with the live model's numbers, but none of its pictures."""
+    """Return an empty page with the numbers of live model and schedules, but no pictures."""
     tab = browser.new_page()
-    tab.add_script_tag(path=WIDGETS / "swd-model.js")
+    for name in ("swd-model.js", "swd-schedule.js"):
+        tab.add_script_tag(path=WIDGETS / name)
     yield tab
     tab.close()
 
@@ -717,7 +810,101 @@ def test_live_model_gives_its_numbers(script: Page) -> None:
     np.testing.assert_allclose(found[:, 3], loss, atol=1e-9)
 
 
+PUBLISHED: dict[str, Any] = {
+    "growth": "exponential",
+    **{"aMin": 0.1, "aMax": 1e5, "growthEnd": 1.0},
+    **{"course": "triangle", "highest": 0.2},
+    **{"momentum": 0.9, "nesterov": True, "weightDecay": 5e-4, "steps": 180},
+}
+TUNED: list[dict[str, Any]] = [
+    {},
+    {"growth": "linear", "growthEnd": 0.65},
+    {"growth": "cosine", "course": "steps", "highest": 0.1},
+    {"growth": "cosine", "aMax": 1e4, "growthEnd": 0.9, "nesterov": False},
+    {"growth": "cubic", "course": "cosine"},
+    {"growth": "per_step"},
+    {"growth": "per_step", "course": "steps", "growthEnd": 0.5},
+    {"growth": "per_step", "course": "cosine", "growthEnd": 0.35, "highest": 0.7},
+    {"growth": "constant", "aMax": 3e4},
+    {"aMin": 3e3, "aMax": 1.0, "course": "constant", "growthEnd": 0.05},
+]
+
+
+def schedules_of(settings: dict[str, Any]) -> tuple[Schedule, Schedule]:
+    """Return the learning rate and the strength as swdlib has them."""
+    course, highest = settings["course"], settings["highest"]
+    constant = course == "constant"
+    rate: Schedule = Constant(highest) if constant else LR_SCHEDULES[course](highest)
+    if settings["growth"] == "constant":
+        return rate, Constant(settings["aMax"])
+    ends = settings["aMin"], settings["aMax"], settings["growthEnd"]
+    return rate, growing(settings["growth"], *ends, rate)
+
+
+@pytest.mark.parametrize("changed", TUNED)
+def test_tuned_schedules_are_those_of_the_library(script: Page, changed: dict[str, Any]) -> None:
+    settings, places = PUBLISHED | changed, np.linspace(0, 1, 11).tolist()
+    values = "[swdSchedule.rate(s, t), swdSchedule.strength(s, t)]"
+    found = script.evaluate(f"([s, places]) => places.map(t => {values})", [settings, places])
+    expected = [[schedule(t) for schedule in schedules_of(settings)] for t in places]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("changed", TUNED)
+def test_tuned_schedules_are_summed_over_their_steps(script: Page, changed: dict[str, Any]) -> None:
+    settings = PUBLISHED | changed
+    bound, found, written = script.evaluate(
+        "s => [swdSchedule.bound(s), swdSchedule.run(s), swdSchedule.csv(swdSchedule.run(s))]",
+        settings,
+    )
+    places = [step / 180 for step in range(180)]
+    rate, strength = (np.array([f(t) for t in places]) for f in schedules_of(settings))
+    products = rate * strength * 5e-4
+    header, *rows = (line.split(",") for line in written.splitlines())
+    assert header == ["step", "progress", "rate", "strength", "product"]
+    columns = np.column_stack([range(180), places, rate, strength, products])
+    np.testing.assert_allclose(np.array(rows, dtype=float), columns, rtol=1e-9)
+    assert found["largest"]["product"] == pytest.approx(products.max(), rel=1e-9)
+    assert found["largest"]["progress"] == places[products.argmax()]
+    assert [row["progress"] for row in found["above"]] == [
+        t for t, product in zip(places, products, strict=True) if product > bound
+    ]
+    assert found["push"] == pytest.approx(10 * products.sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("nesterov", "stated"), [(True, 1.357), (False, 3.8)])
+def test_past_the_bound_a_weight_grows(script: Page, nesterov: bool, stated: float) -> None:
+    bound = script.evaluate("s => swdSchedule.bound(s)", PUBLISHED | {"nesterov": nesterov})
+    assert bound == pytest.approx(stated, abs=5e-4)
+    for share, grows in ((0.99, False), (1.01, True)):
+        weight = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([weight], lr=share * bound, momentum=0.9, nesterov=nesterov)
+        for _ in range(1000):
+            weight.grad = weight.detach().clone()
+            optimizer.step()
+        assert (abs(weight.item()) > 1) == grows
+
+
 LIVE, SLIDER = "lagrangian-smoothing", "schedules"
+
+
+def move(slider: Locator, share: float) -> None:
+    """Bring a slider to a share of its way: with a finger on a phone, else with the mouse."""
+    slider.scroll_into_view_if_needed()
+    box, page, thumb = slider.bounding_box(), slider.page, 16
+    assert box is not None
+
+    def place(share: float) -> tuple[float, float]:
+        x = box["x"] + thumb / 2 + share * (box["width"] - thumb)
+        return x, box["y"] + box["height"] / 2
+
+    if page.evaluate("navigator.maxTouchPoints"):
+        page.touchscreen.tap(*place(share))
+        return
+    page.mouse.move(*place(slider.evaluate("s => (s.value - s.min) / (s.max - s.min)")))
+    page.mouse.down()
+    page.mouse.move(*place(share), steps=4)
+    page.mouse.up()
 
 
 @pytest.mark.slow
@@ -755,6 +942,23 @@ def test_live_model_is_driven_with_the_keyboard(html: Path, page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_live_model_is_driven_with_a_mouse_or_a_finger(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / f"{LIVE}.html").as_uri())
+    line, status = page.locator(".swd-model polyline"), page.locator(".swd-model p")
+    end = page.get_by_label("strength at the end")
+    move(end, 0)
+    assert end.get_attribute("aria-valuetext") == "1"
+    problem = json.loads(page.locator(".swd-model").get_attribute("data-problem") or "")
+    x, y = path_by_library(problem, DEFAULTS | {"aMax": 1.0})[-1]
+    assert f"End: w = ({x:.3f}, {y:.3f})" in status.inner_text()
+    drawn = (line.get_attribute("points") or "").split()[-1].split(",")
+    scale = 376 / 3.25  # of the picture, in which -0.5 is at 24 and 2.75 at its end
+    expected = [24 + (x + 0.5) * scale, (2.75 - y) * scale]
+    np.testing.assert_allclose([float(part) for part in drawn], expected, atol=0.1)
+    assert visit.faults == []
+
+
+@pytest.mark.slow
 def test_live_model_is_in_step_when_the_browser_comes_back(html: Path, page: Page) -> None:
     page.goto((html / f"{LIVE}.html").as_uri())
     rate, status = page.get_by_label("learning rate"), page.locator(".swd-model [role=status]")
@@ -778,9 +982,122 @@ def test_every_setting_of_the_live_model_is_drawn(html: Path, page: Page) -> Non
     assert visit.faults == []
 
 
+def assert_drawn(page: Page, changed: dict[str, Any]) -> None:
+    """Check both lines of the picture against the library's schedules."""
+    settings, places = PUBLISHED | changed, [step / 180 for step in range(181)]
+    rate, strength = (np.array([f(t) for t in places]) for f in schedules_of(settings))
+    lines = page.locator(".swd-schedule polyline:not(.above)").all()
+    drawn = [
+        [spot.split(",") for spot in (line.get_attribute("points") or "").split()] for line in lines
+    ]
+    # Heights from the top: 0.001 to ten million, and 1e-10 to ten thousand.
+    heights = (
+        np.interp(np.log10(strength), (-3, 7), (206, 26)),
+        np.interp(np.log10(rate * strength * 5e-4), (-10, 4), (426, 246)),
+    )
+    for spots, expected in zip(drawn, heights, strict=True):
+        x, y = np.array(spots, dtype=float).T
+        np.testing.assert_allclose(x, np.interp(places, (0, 1), (40, 390)), atol=0.06)
+        np.testing.assert_allclose(y, expected, atol=0.06)
+
+
 @pytest.mark.slow
-def test_slider_shows_one_frame_at_a_time(html: Path, page: Page) -> None:
+def test_schedules_are_drawn_as_they_are_tuned(html: Path, page: Page) -> None:
     visit = Visit(page, (html / f"{SLIDER}.html").as_uri())
+    tuned, status = page.locator(".swd-schedule"), page.locator(".swd-schedule [role=status]")
+    first, above = status.inner_text(), tuned.locator("polyline.above")
+    assert "Nesterov's momentum is 1.357. It stays below the bound." in first
+    assert "Largest product of rate, a and μ: 0.368, at 93.3 % of training" in first
+    assert "Push P over 180 steps: 129." in first
+    assert_drawn(page, {})
+
+    growth, end = tuned.get_by_label("growth of the"), tuned.get_by_label("strength at the end")
+    growth.press("ArrowDown")
+    assert growth.input_value() == "linear"
+    assert "first passes the bound at 16.7 % of training" in status.inner_text()
+    assert "above it in 130 of 180 steps: there training diverges" in status.inner_text()
+    assert len((above.get_attribute("points") or "").split()) == 131
+    assert_drawn(page, {"growth": "linear"})
+    for key in ("Tab", "Tab", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert end.get_attribute("aria-valuetext") == "30,000"
+    assert "It stays below" in status.inner_text() and above.count() == 0
+    assert_drawn(page, {"growth": "linear", "aMax": 3e4})
+    tuned.get_by_label("momentum of 0.9").select_option("heavy ball")
+    assert "bound of heavy-ball momentum is 3.8" in status.inner_text()
+
+    with page.expect_download() as download:
+        tuned.get_by_role("link", name="CSV").press("Enter")
+    steps = download.value.path().read_text("utf-8").splitlines()
+    assert len(steps) == 181 and steps[1].startswith("0,0,0.02,0.1,")
+    assert status.inner_text() in (tuned.get_by_role("img").get_attribute("aria-label") or "")
+    tuned.get_by_role("button", name="Reset").press("Enter")
+    page.wait_for_function(
+        "words => document.querySelector('.swd-schedule p').textContent === words", arg=first
+    )
+    assert_drawn(page, {})
+    assert visit.faults == []
+    assert page.evaluate(OVERFLOW) <= 0
+
+
+@pytest.mark.slow
+def test_schedules_are_tuned_with_a_mouse_or_a_finger(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / f"{SLIDER}.html").as_uri())
+    tuned, status = page.locator(".swd-schedule"), page.locator(".swd-schedule [role=status]")
+    move(tuned.get_by_label("strength at the end"), 1)
+    assert tuned.locator("polyline.above").count() == 1
+    assert_drawn(page, {"aMax": 3e6})
+    move(tuned.get_by_label("strength at the start"), 0)
+    move(tuned.get_by_label("growth ends at"), 9 / 19)
+    move(tuned.get_by_label("highest learning rate"), 0)
+    tuned.get_by_label("course of the").select_option("steps")
+    changed = {"aMin": 0.01, "aMax": 3e6, "growthEnd": 0.5, "highest": 1e-3, "course": "steps"}
+    assert_drawn(page, changed)
+    assert "Push P over 180 steps: 60.3." in status.inner_text()
+    tuned.get_by_label("growth of the").select_option("constant")
+    assert tuned.get_by_label("strength at the start").is_disabled()
+    assert_drawn(page, changed | {"growth": "constant"})
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_schedules_are_in_step_when_the_browser_comes_back(html: Path, page: Page) -> None:
+    page.goto((html / f"{SLIDER}.html").as_uri())
+    end, status = page.get_by_label("strength at the end"), page.locator(".swd-schedule p")
+    first = (end.input_value(), status.inner_text())
+    end.press("End")
+    page.get_by_label("growth of the").select_option("linear")
+    page.goto((html / f"{PAGES[0]}.html").as_uri())
+    page.go_back()
+    assert (end.input_value(), status.inner_text()) == first
+    assert_drawn(page, {})
+
+
+@pytest.mark.slow
+def test_schedules_are_drawn_on_paper_and_without_scripts(html: Path, browser: Browser) -> None:
+    address = (html / f"{SLIDER}.html").as_uri()
+    context = browser.new_context(java_script_enabled=False, offline=True)
+    page = context.new_page()
+    page.goto(address)
+    still = page.locator(".swd-schedule img")
+    assert "can be tuned" in page.locator(".swd-schedule p").inner_text()
+    assert still.is_visible() and still.evaluate("image => image.naturalWidth") > 100
+    context.close()
+    with tab(browser, WIDTHS["desktop"]) as page:
+        page.emulate_media(color_scheme="dark", media="print")
+        page.goto(address)
+        tuned = page.locator(".swd-schedule")
+        assert tuned.get_by_role("img").is_visible()
+        assert not tuned.locator("button, a").first.is_visible()
+        colours = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]"
+        assert tuned.evaluate(colours) == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+        assert_drawn(page, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [PAGES[0], SLIDER])
+def test_slider_shows_one_frame_at_a_time(html: Path, page: Page, name: str) -> None:
+    visit = Visit(page, (html / f"{name}.html").as_uri())
     frames, slider = page.locator(".swd-frames img"), page.get_by_label("shown")
     last = frames.count() - 1
     assert last > 3
@@ -788,7 +1105,7 @@ def test_slider_shows_one_frame_at_a_time(html: Path, page: Page) -> None:
         slider.press(key)
         shown = [i for i in range(last + 1) if frames.nth(i).is_visible()]
         assert shown == [number]
-        label = frames.nth(number).get_attribute("data-label")
+        label = page.locator(".swd-frames p").nth(number).text_content()
         assert slider.get_attribute("aria-valuetext") == label
         assert page.locator(".swd-frames b").inner_text() == label
     assert visit.faults == []
@@ -806,6 +1123,129 @@ def test_slider_is_in_step_when_the_browser_comes_back(browser: Browser, tmp_pat
         page.go_back()
         value = int(page.get_by_label("shown").input_value())
         assert [i for i in range(3) if page.locator("img").nth(i).is_visible()] == [value]
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_slider_shows_the_course_on_paper_and_without_scripts(
+    browser: Browser, tmp_path: Path, media: Any, scripts: bool
+) -> None:
+    counts = [0] * HISTOGRAM_BINS
+    shown = weights_over_training({f"at {k}": {"zeros": k, "counts": counts} for k in range(5)})
+    theme = "<style>[hidden] { display: none !important; }</style>"
+    (tmp_path / "page.html").write_text(theme + shown.text, encoding="utf-8")
+    context = browser.new_context(java_script_enabled=scripts, offline=True)
+    page = context.new_page()
+    page.emulate_media(media=media)
+    page.goto((tmp_path / "page.html").as_uri())
+    names, slider = page.locator(".swd-frames p").all(), page.get_by_label("shown")
+    seen = [i for i, image in enumerate(page.locator("img").all()) if image.is_visible()]
+    moves = scripts and media == "screen"
+    assert slider.is_visible() == moves
+    assert seen == ([0] if moves else [0, 2, 4])
+    named = [name.inner_text() for name in names if name.is_visible()]
+    assert named == [f"at {i}" for i in seen if not moves]
+    context.close()
+
+
+# The points of runs
+
+RUNS_SHOWN = {"swd-on-cifar10": 48, "swd-on-filters": 20}  # page -> runs in its figure
+
+
+def behind(point: Locator) -> str:
+    """Return the words for the run of a point, from the record that the point names."""
+    named = (point.get_attribute("aria-label") or "")[-8:]
+    [path] = [path for path in RECORDS if path.stem[-16:-8] == named]
+    record = load(path)
+    config, last = record.config, record.final
+    return (
+        f"{method_of(config)}, sparsity {100 * config['sparsity']:g} %, seed {config['seed']}, "
+        f"highest learning rate {config['lr']:g}: Top-1 {last['top1']:.2f} %, "
+        f"{last['parameters']:,} parameters kept, record {named}"
+    )
+
+
+def middle(point: Locator) -> tuple[float, float]:
+    """Return the place of a point once it is in sight."""
+    point.scroll_into_view_if_needed()
+    box = point.bounding_box()
+    assert box
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS_SHOWN)
+def test_run_behind_a_point_is_named_under_the_mouse(html: Path, page: Page, name: str) -> None:
+    visit = Visit(page, (html / f"{name}.html").as_uri())
+    points, status = page.locator(".swd-runs .run"), page.locator(".swd-runs [role=status]")
+    assert points.count() == RUNS_SHOWN[name]
+    words = [point.get_attribute("aria-label") for point in points.all()]
+    assert status.inner_text() in words
+    for i in (0, 7, -1):
+        page.mouse.move(*middle(points.nth(i)))
+        assert behind(points.nth(i)) == words[i]
+        assert words[i] in status.inner_text().splitlines()
+    assert page.evaluate(OVERFLOW) <= 0
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_arrow_keys_move_from_run_to_run(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / "swd-on-cifar10.html").as_uri())
+    points, status = page.locator(".swd-runs .run"), page.locator(".swd-runs [role=status]")
+    page.locator(".swd-runs .run[tabindex='0']").focus()
+    last = points.count() - 1
+    keys = ("Home", "ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowUp", "End")
+    for key, at in zip(keys, (0, 1, 2, 1, 0, 0, last), strict=True):
+        page.keyboard.press(key)
+        assert status.inner_text() == behind(points.nth(at))
+        assert points.nth(at).evaluate("point => point === document.activeElement")
+        assert page.locator(".swd-runs [tabindex='0']").count() == 1
+    page.keyboard.press("Tab")
+    assert page.locator(".swd-runs :focus").count() == 0  # one stop, not one a point
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tap_names_the_nearest_run_or_all_that_lie_there(
+    html: Path, browser: Browser, width: str
+) -> None:
+    context = browser.new_context(
+        viewport={"width": WIDTHS[width], "height": 844}, has_touch=True, offline=True
+    )
+    page = context.new_page()
+    visit = Visit(page, (html / "swd-on-cifar10.html").as_uri())
+    points, status = page.locator(".swd-runs .run"), page.locator(".swd-runs [role=status]")
+    at_chance = page.locator(".swd-runs .run[aria-label*='Top-1 10.00 %, 1,470 ']")
+    for point, runs in ((at_chance.first, at_chance.count()), (points.first, 1)):
+        x, y = middle(point)
+        page.touchscreen.tap(x - 8, y - 8)
+        told = status.inner_text().splitlines()
+        assert len(told) == runs and behind(point) in told
+        assert page.locator(".swd-runs .shown").count() == runs
+    assert visit.faults == []
+    context.close()
+
+
+@pytest.mark.slow
+def test_figure_of_runs_stands_alone_on_paper_and_names_a_run_without_scripts(
+    html: Path, browser: Browser
+) -> None:
+    context = browser.new_context(java_script_enabled=False, offline=True)
+    page = context.new_page()
+    page.goto((html / "swd-on-cifar10.html").as_uri())
+    status = page.locator(".swd-runs [role=status]")
+    assert status.inner_text().startswith("dense, ")
+    page.emulate_media(media="print")
+    assert page.locator(".swd-runs svg").is_visible() and not status.is_visible()
+    context.close()
+
+
+def test_ink_of_runs_follows_the_page() -> None:
+    rules = (WIDGETS / "swd-runs.css").read_text("utf-8")
+    assert all(f'[style*="{part}: {INK}"]' in rules for part in ("fill", "stroke"))
 
 
 # Questions to check oneself, and how a page was made
@@ -856,7 +1296,7 @@ def test_page_of_a_notebook_says_how_to_rerun_it(html: Path, name: str) -> None:
     assert tables or not figures
     for link in tables:
         header, first, *_ = (html / link).read_text("utf-8").splitlines()
-        assert header.startswith("series,") and first
+        assert header.startswith(("series,", "method,")) and first
 
 
 @pytest.mark.slow

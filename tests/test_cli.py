@@ -117,6 +117,37 @@ def test_a_flag_of_another_place_is_refused(flags: list[str], told: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--retries", "-1"], "retries must be 0 or more, not -1"),
+        (["--on", "ray", "--gpus", "-1"], "gpus must be 0 or more, not -1"),
+        (["--seed", str(2**63)], f"seed must be below 2\\*\\*63, not {2**63}"),
+    ],
+)
+def test_a_wrong_number_is_told_before_any_run(flags: list[str], told: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=told):
+        cli.main(["sweep", *QUICK, *flags, "--records", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_that_the_recipe_does_not_use_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--recipe", "dense", "--sparsity", "0.5", "--seed", "1"]
+    cli.main(["run", *QUICK, *given, "--records", str(tmp_path)])
+    assert "swdlib: dense does not use sparsity\n" in capsys.readouterr().err
+
+
+def test_check_wants_folders_that_are_there(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.touch()
+    with pytest.raises(SystemExit, match=r"a\.json is a file: give the folder of the records"):
+        cli.main(["check", str(file)])
+    with pytest.raises(SystemExit, match=r"--data-root must be a folder, not .*none"):
+        cli.main(["check", str(tmp_path), "--data-root", str(tmp_path / "none")])
+
+
 def test_a_run_that_is_done_elsewhere_has_an_exit_status_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,7 +224,7 @@ def _no_download(root: Path, tried: list[str]) -> Path:
 
 
 def test_show_without_records_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="there is no record yet"):
+    with pytest.raises(SystemExit, match=r"there is no record in .*`swdlib run` makes one"):
         cli.main(["show", "--records", str(tmp_path)])
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from papermill.exceptions import PapermillExecutionError
 
 from book import kernels
 from book.build import BOOK, INSTALLS, notebook_names
+from book.reruns import SETTINGS, parameter_table
+from swdlib.config import Config
 from swdlib.notebooks import check_parameters, figure_csv
 
 OWN = "# None: as before.\nsparsity: float = 0.9  # removed\nepochs: int = None\n"
@@ -43,7 +46,7 @@ def copied_kernels() -> Iterator[None]:
     ],
 )
 def test_known_parameters_pass(history: list[str]) -> None:
-    check_parameters({"In": history, "seed": 1})
+    check_parameters({"In": history, "seed": 1, "sparsity": 0.5, "epochs": 3})
 
 
 def test_unknown_parameter_is_named_with_those_there_are() -> None:
@@ -51,6 +54,26 @@ def test_unknown_parameter_is_named_with_those_there_are() -> None:
     message = "no parameter sparsty; its parameters are epochs, sparsity"
     with pytest.raises(ValueError, match=message):
         check_parameters({"In": ["", OWN, given, "anything"]})
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "told"),
+    [
+        ("points: float = 1.0", "'one'", "points must be of type float, not 'one'"),
+        ("epochs: int = 3", "2.5", "epochs must be of type int, not 2.5"),
+        ("epochs: int = 3", "True", "epochs must be of type int, not True"),
+        ("fast: bool = True", "1", "fast must be of type bool, not 1"),
+        ("levels: list = [0.8]", "0.9", "levels must be a list of numbers, not 0.9"),
+        ("levels: list = [0.8]", "['0.9']", r"levels must be a list of numbers, not \['0.9'\]"),
+        ("points: float = 1.0", "2", ""),
+        ("epochs: int = None", "'many'", ""),  # what None stands for knows its type
+    ],
+)
+def test_parameter_of_another_type_is_refused(own: str, given: str, told: str) -> None:
+    name = own.partition(":")[0]
+    namespace = {"In": ["", own, f"# Parameters\n{name} = {given}\n"], name: eval(given)}
+    with pytest.raises(ValueError, match=told) if told else nullcontext():
+        check_parameters(namespace)
 
 
 def cells(name: str) -> list[Any]:
@@ -301,6 +324,36 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+def library_takes(name: str, value: Any) -> bool:
+    """Return whether a parameter is none of the library's, or this value of it is allowed there."""
+    try:
+        Config(**{name: value} if name in SETTINGS else {})
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("name", "parameters", "message"), WRONG)
+def test_page_says_what_is_allowed_of_a_parameter_that_it_refuses(
+    name: str, parameters: dict[str, Any], message: str
+) -> None:
+    known = papermill.inspect_notebook(str(BOOK / f"{name}.ipynb"))
+    shown = {row.split("`")[1]: row.split(" | ") for row in parameter_table(known).splitlines()[2:]}
+    if "of type" in message or "list of" in message:  # as the column of types says
+        return
+    for parameter in set(parameters) & set(known):
+        assert shown[parameter][-1] != "– |"
+        own = "; allowed: " in known[parameter]["help"]
+        assert own or not library_takes(parameter, parameters[parameter])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_page_without_fine_tuning_does_not_speak_of_it(name: str) -> None:
+    told = parameter_table(papermill.inspect_notebook(str(BOOK / f"{name}.ipynb")))
+    tuned = any("finetune" in cell.source for cell in cells(name))
+    assert tuned or "fine-tuning" not in told
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Passed unknown parameter")
 @pytest.mark.parametrize(("name", "parameters", "message"), WRONG)
@@ -343,9 +396,33 @@ def test_name_of_its_own_goes_before_the_label(ax: Axes) -> None:
     assert figure_csv(ax.figure) == "series,step,loss\ncut,1,2\nb of swd,3,4\n,5,6\n"
 
 
-def test_numbers_of_pictures_are_kept(ax: Axes) -> None:
+@pytest.mark.parametrize(
+    ("labels", "header"),
+    [
+        (("", ""), "series,row,column,value"),
+        (("outputs", "inputs"), "series,outputs,inputs,value"),
+        ((r"weight $w_1$", r"$a_{\max}$ (%)"), "series,weight w_1,a_max (%),value"),
+    ],
+)
+def test_numbers_of_pictures_are_kept(ax: Axes, labels: tuple[str, str], header: str) -> None:
+    ax.set(ylabel=labels[0], xlabel=labels[1])
     ax.imshow([[1.0, 2.0]])
-    assert figure_csv(ax.figure) == "series,row,column,value\n0,0,0,1.0\n0,0,1,2.0\n"
+    assert figure_csv(ax.figure) == f"{header}\n0,0,0,1.0\n0,0,1,2.0\n"
+
+
+def test_words_beside_numbers_have_no_marks_of_tex(ax: Axes) -> None:
+    ax.set(xlabel="weight $w_1$", ylabel=r"$\|w\|$")
+    ax.plot([1], [2], label=r"$a_{\min} = 3$")
+    assert figure_csv(ax.figure) == "series,weight w_1,|w|\na_min = 3,1,2\n"
+
+
+def test_rows_with_names_go_by_them_only_if_all_have_one(ax: Axes) -> None:
+    ax.plot([1, 2], [0, -1], gid="named")
+    ax.plot([3, 4], [0, -0.5], gid="between")
+    ax.set_yticks([-1, 0], ["low", "high"])
+    assert figure_csv(ax.figure) == (
+        "series,step,loss\nnamed,1,high\nnamed,2,low\nbetween,3,0.0\nbetween,4,-0.5\n"
+    )
 
 
 def test_figure_without_numbers_is_empty(ax: Axes) -> None:

@@ -343,11 +343,20 @@ def test_all_that_is_drawn_has_its_name_beside_its_numbers(
 
 
 def test_numbers_of_a_map_have_its_rows_and_columns_by_name() -> None:
-    numbers = figure_csv(plots.heat_map(GRID, "kept").figure)
+    grid = GRID.rename_axis(index=r"$a_{\min}$").rename(columns={"1000": "1,000,000"})
+    numbers = figure_csv(plots.heat_map(grid.rename({"10": "a, 10"}), "kept").figure)
     assert numbers == (
-        "series,row,column,value\n"
-        "kept,0.1,100,90.0\nkept,0.1,1000,nan\nkept,10,100,50.0\nkept,10,1000,70.0\n"
+        "series,a_min,a_max,value\n"
+        "kept,0.1,100,90.0\nkept,0.1,1000000,nan\n"
+        'kept,"a, 10",100,50.0\nkept,"a, 10",1000000,70.0\n'
     )
+
+
+def test_numbers_of_rows_and_strips_say_what_they_are() -> None:
+    assert figure_csv(plots.spread(CURVES, "size").figure) == (
+        'series,size,row\na,1.0,a\na,2.0,a\n"a, mean",1.5,a\nb,3.0,b\nb,nan,b\n"b, mean",3.0,b\n'
+    )
+    assert figure_csv(plots.timeline({"swd": SHARES}).figure).startswith("series,epoch,share\n")
 
 
 DRAWN = [
