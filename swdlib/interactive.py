@@ -42,8 +42,9 @@ this.setAttribute('aria-valuetext', label);
 this.previousElementSibling.textContent = label;"></label>
 {frames}</figure>"""
 
-_LIVE_MODEL = """<div class="swd-model" data-problem="{problem}"><p>On the book's page a live model
-stands here: a script draws it from the numbers of this cell.</p></div>"""
+_LIVE_MODEL = """<div class="swd-model" data-problem="{problem}"><div>{picture}</div>
+<p>Where scripts run, as on the book's page in a browser, the settings behind this path can be
+moved.</p></div>"""
 
 # With r = 7 a point's ring lies around its marker; a script finds the nearest point, however far.
 _RUN = (
@@ -91,7 +92,7 @@ def live_model(
     """A live model of SWD on the loss 1/2 (w - trained)' hessian (w - trained) of two weights.
 
     On a page of the book the reader moves `a_min`, `a_max` and the learning `rate`, whose starting
-    places these are, and chooses target and update rule. Elsewhere a line of text stands for it.
+    places these are, and chooses target and update rule. Elsewhere the path from them is drawn.
     """
     vectors = {"hessian": hessian, "trained": trained, "start": start}
     problem = {
@@ -99,7 +100,32 @@ def live_model(
         **{"steps": steps, "weightDecay": weight_decay},
         **{"aMin": a_min, "aMax": a_max, "rate": rate},
     }
-    return Html(_LIVE_MODEL.format(problem=html.escape(json.dumps(problem, allow_nan=False))))
+    numbers = html.escape(json.dumps(problem, allow_nan=False))
+    return Html(_LIVE_MODEL.format(problem=numbers, picture=_path_picture(problem)))
+
+
+def _path_picture(problem: Mapping[str, Any]) -> str:
+    hessian, trained = np.array(problem["hessian"]), np.array(problem["trained"])
+
+    def loss(x: Any, y: Any) -> Any:
+        away = np.stack([x, y], axis=-1) - trained
+        return np.einsum("...i,ij,...j", away, hessian, away) / 2
+
+    ax = plots.paths(loss, {"SWD": path_of(problem)})
+    return _image(ax.figure, "The path of two weights under SWD, over the contours of their loss.")
+
+
+def path_of(problem: Mapping[str, Any]) -> Any:
+    """The two weights before the first and after each step of the live model, as it starts."""
+    hessian, trained, w = (np.array(problem[name]) for name in ("hessian", "trained", "start"))
+    steps, points = problem["steps"], [w]
+    for step in range(steps):
+        a = problem["aMin"] * (problem["aMax"] / problem["aMin"]) ** (step / steps)
+        selected = np.arange(2) == np.abs(w).argmin()
+        pull = a * problem["weightDecay"] * w * selected
+        w = w - problem["rate"] * (hessian @ (w - trained) + pull)
+        points.append(w)
+    return np.array(points)
 
 
 def weights_over_training(histograms: Mapping[str, Mapping[str, Any]]) -> Html:
@@ -224,12 +250,17 @@ def _in_words(histogram: Mapping[str, Any]) -> str:
 
 
 def _frame(figure: Any, words: str, label: str, *, kept: bool, hidden: bool) -> str:
-    source = base64.b64encode(plots.for_both_grounds(_svg(figure)).encode()).decode()
     return (
         f'<div class="swd-frame{" swd-kept" if kept else ""}"{" hidden" if hidden else ""}>'
-        f"<p>{html.escape(label)}</p>"
+        f"<p>{html.escape(label)}</p>{_image(figure, words)}</div>"
+    )
+
+
+def _image(figure: Any, words: str) -> str:
+    source = base64.b64encode(plots.for_both_grounds(_svg(figure)).encode()).decode()
+    return (
         f'<img src="data:image/svg+xml;base64,{source}" alt="{html.escape(words)}" '
-        f'class="dark-light" style="width: 100%"></div>'
+        f'class="dark-light" style="width: 100%">'
     )
 
 

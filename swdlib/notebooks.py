@@ -71,6 +71,7 @@ def keep_numbers() -> None:
     """
     from IPython import get_ipython  # there is one wherever a notebook runs
     from IPython.core.formatters import BaseFormatter
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
     from matplotlib_inline.backend_inline import set_matplotlib_formats
     from traitlets import ObjectName, Unicode
@@ -85,7 +86,8 @@ def keep_numbers() -> None:
                 return figure_csv(shown) or None
             return super().__call__(shown)
 
-    set_matplotlib_formats("svg")
+    rcParams["svg.hashsalt"] = "swdlib"  # equal numbers give equal files
+    set_matplotlib_formats("svg", metadata={"Date": None})
     display = get_ipython().display_formatter
     display.formatters[CSV] = CsvFormatter(parent=display)
     sys.addaudithook(_note_reading)

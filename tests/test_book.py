@@ -28,7 +28,7 @@ from book import build, reruns
 from swdlib import SelectiveWeightDecay
 from swdlib.config import LR_SCHEDULES
 from swdlib.criteria import magnitude
-from swdlib.interactive import weights_over_training
+from swdlib.interactive import path_of, weights_over_training
 from swdlib.plots import INK, PALE_INK, method_of
 from swdlib.records import HISTOGRAM_BINS, load
 from swdlib.schedules import Constant, Exponential, Schedule, growing
@@ -750,6 +750,11 @@ def script(browser: Browser) -> Iterator[Page]:
         tab.add_script_tag(path=WIDGETS / name)
     yield tab
     tab.close()
+
+
+def test_picture_of_the_live_model_without_scripts_is_that_of_its_start() -> None:
+    found = path_of(PROBLEM | DEFAULTS)
+    np.testing.assert_allclose(found, path_by_library(PROBLEM, DEFAULTS), rtol=1e-9)
 
 
 @pytest.mark.parametrize("changed", SETTINGS)

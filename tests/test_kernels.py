@@ -67,7 +67,7 @@ def test_copy_has_the_surroundings_of_a_new_kernel(
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     new = outputs(tmp_path, SURROUNDINGS, DRAWN)
     assert "No module named 'book'" in new[0]
-    assert "image/png" in new[1]
+    assert "image/svg+xml" in new[1]
     copied = copying.submit(outputs, tmp_path, SURROUNDINGS, DRAWN).result()
     assert [str(text).splitlines() for text in copied] == [str(text).splitlines() for text in new]
 
