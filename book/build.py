@@ -24,6 +24,7 @@ import papermill
 import yaml
 from IPython.core.displayhook import DisplayHook
 from IPython.core.inputtransformer2 import TransformerManager
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from sphinx_external_toc.parsing import parse_toc_yaml
 
@@ -185,15 +186,30 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], folder: Path
         allowed = ", ".join(known) or "none"
         raise ValueError(f"{source.name} has no parameter {', '.join(unknown)}; it has: {allowed}")
     print(f"Running {source.name} {parameters or ''}", flush=True)
-    nbformat.write(probes.added(source), target)
-    papermill.execute_notebook(
-        str(target), str(target), parameters=parameters, cwd=str(folder), progress_bar=False
-    )
+    carry_out = partial(run_cells, source, target, parameters, folder)
+    try:
+        carry_out()
+    except DeadKernelError:  # it began, and died of what it ran
+        raise
+    except RuntimeError as error:
+        print(f"{source.name} once more: {error}", flush=True)
+        carry_out()
     notebook = nbformat.read(target, as_version=4)
     run.files = probes.files_read(notebook)
     run.figures = probes.numbers_drawn(notebook, target.parent, f"data/{target.stem}")
     nbformat.write(notebook, target)
     return run
+
+
+def run_cells(source: Path, target: Path, parameters: dict[str, Any], folder: Path) -> None:
+    """Run a notebook with the cells of `probes` and write it with its outputs.
+
+    RuntimeError if its kernel does not begin: another program may have taken a port meant for it.
+    """
+    nbformat.write(probes.added(source), target)
+    papermill.execute_notebook(
+        str(target), str(target), parameters=parameters, cwd=str(folder), progress_bar=False
+    )
 
 
 def within(files: list[str], folders: tuple[Path, ...]) -> list[Path]:

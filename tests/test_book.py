@@ -17,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Playwright, sync_playwright
@@ -138,6 +139,29 @@ def test_parameters_reach_the_notebook_which_runs_in_its_folder(tmp_path: Path) 
     build.check_outputs(target)
     assert f"42 {tmp_path.name}" in target.read_text()
     assert source.read_text() == text
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_not_begin_is_tried_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = stored(tmp_path, code("print(41 + 1)")), tmp_path / "out.ipynb"
+    really, failures = build.papermill.execute_notebook, [RuntimeError("Kernel didn't respond")]
+
+    def unlucky(*given: Any, **more: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return really(*given, **more)
+
+    monkeypatch.setattr(build.papermill, "execute_notebook", unlucky)
+    build.execute(source, target, {}, folder=tmp_path)
+    assert "42" in target.read_text()
+    failures += [RuntimeError("Kernel didn't respond"), RuntimeError("Kernel didn't respond")]
+    with pytest.raises(RuntimeError, match="didn't respond"):
+        build.execute(source, target, {}, folder=tmp_path)
+    failures += [DeadKernelError("Kernel died")]
+    with pytest.raises(DeadKernelError):
+        build.execute(source, target, {}, folder=tmp_path)
 
 
 @pytest.mark.slow
