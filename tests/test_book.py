@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import axe_playwright_python
 import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
 from nbclient.exceptions import DeadKernelError
@@ -146,14 +147,14 @@ def test_a_kernel_that_does_not_begin_is_tried_once_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = stored(tmp_path, code("print(41 + 1)")), tmp_path / "out.ipynb"
-    really, failures = build.papermill.execute_notebook, [RuntimeError("Kernel didn't respond")]
+    really, failures = papermill.execute_notebook, [RuntimeError("Kernel didn't respond")]
 
     def unlucky(*given: Any, **more: Any) -> Any:
         if failures:
             raise failures.pop()
         return really(*given, **more)
 
-    monkeypatch.setattr(build.papermill, "execute_notebook", unlucky)
+    monkeypatch.setattr(papermill, "execute_notebook", unlucky)
     build.execute(source, target, {}, folder=tmp_path)
     assert "42" in target.read_text()
     failures += [RuntimeError("Kernel didn't respond"), RuntimeError("Kernel didn't respond")]
