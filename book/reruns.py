@@ -303,15 +303,15 @@ def expected(folder: Path) -> str:
 
 
 def live(path: Path, runs: Iterable[Run]) -> str:
-    """Return what pages that run live ended with: over seeds, mean and range."""
+    """Return a table for each page that runs live, of what it ended with over the seeds."""
     titles = {run.name: run.title for run in runs}
-    rows = []
+    parts = []
     for page, section in json.loads(path.read_text("utf-8")).items():
         found = list(section["runs"].values())
-        first = f"[{titles.get(page, page)}]({page}.ipynb)"
+        rows = []
         for words in found[0]:
             values = [run[words] for run in found]
-            spread = [f"{of(values):.1f}" for of in (min, fmean, max)]
-            rows.append([first, words, *spread, len(values)])
-            first = ""  # the lines below are of the same page
-    return table(["page", "what", "lowest (%)", "mean (%)", "highest (%)", "seeds"], rows)
+            rows.append([words, *(f"{of(values):.1f}" for of in (min, fmean, max))])
+        parts.append(f"[{titles.get(page, page)}]({page}.ipynb), {len(found)} seeds:")
+        parts.append(table(["in %", "lowest", "mean", "highest"], rows))
+    return "\n\n".join(parts)
