@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -163,12 +162,10 @@ def files_read(run: Run) -> str:
 
 def many_files(run: Run) -> dict[str, list[str]]:
     """Return the folders from which a page read too many files to list, with these files."""
-    number = Counter(str(Path(path).parent) for path in run.files)
-    return {
-        folder: [path for path in run.files if str(Path(path).parent) == folder]
-        for folder, n in number.items()
-        if n > MANY
-    }
+    folders: dict[str, list[str]] = {}
+    for path in run.files:
+        folders.setdefault(str(Path(path).parent), []).append(path)
+    return {folder: files for folder, files in folders.items() if len(files) > MANY}
 
 
 def zip_of(run: Run, folder: str) -> str:
@@ -291,11 +288,11 @@ def expected(folder: Path) -> str:
             sources.add(f"{record.config['dataset']}, {record.provenance['dataset']['source']}")
     several, one = [], []
     for command, top1 in sorted(ends.items()):
-        row = [f"{fmean(top1):.2f}", f"`{command}`"]
+        mean, shown = f"{fmean(top1):.2f}", f"`{command}`"
         if len(top1) == 1:
-            one.append(row)
+            one.append([mean, shown])
         else:
-            several.append([row[0], f"{min(top1):.2f} to {max(top1):.2f}", len(top1), row[1]])
+            several.append([mean, f"{min(top1):.2f} to {max(top1):.2f}", len(top1), shown])
     found = table(["mean Top-1 (%)", "lowest to highest", "seeds", "command"], several)
     examples = table(["Top-1 (%)", "command"], one)
     more = f":::{{dropdown}} Examples, of one seed each: {len(one)}\n{examples}\n:::"
