@@ -34,18 +34,18 @@ from torchvision import transforms
 from torchvision.models import resnet50
 
 from swdlib.criteria import batch_norm_scale, magnitude
-from swdlib.evaluation import evaluate
-from swdlib.experiments import code_digest
+from swdlib.data.images import Dataset as Images
+from swdlib.data.images import Split
 from swdlib.files import write_whole
-from swdlib.images import Dataset as Images
-from swdlib.images import Split
 from swdlib.masks import removed_weights, select_units
+from swdlib.metrics import evaluate
 from swdlib.models import build_model
-from swdlib.penalties import SelectiveWeightDecay
 from swdlib.recipes import Train
+from swdlib.runs.run import code_digest
+from swdlib.runs.training import sgd, train
 from swdlib.schedules import Constant
 from swdlib.structures import filters
-from swdlib.training import sgd, train
+from swdlib.swd import SelectiveWeightDecay
 
 STORED = Path(__file__).parent / "measurements" / "speed.json"
 STEPS = 24  # of training that are timed together

@@ -15,8 +15,8 @@ import nbformat
 import papermill
 
 from swdlib import load_data
-from swdlib.experiments import digest_of, provenance
 from swdlib.files import write_whole
+from swdlib.runs.run import digest_of, provenance
 
 BOOK = Path(__file__).resolve().parent
 STORED = BOOK / "measurements" / "expected.json"

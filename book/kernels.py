@@ -22,7 +22,7 @@ COPIED = sys.platform == "linux"  # elsewhere a copy of a process that has impor
 IMPORTED = (
     "ipykernel.kernelapp",
     "sklearn.datasets",
-    "swdlib.plots",
+    "swdlib.lab.plots",
     "torchvision",
 )
 

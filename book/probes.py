@@ -7,8 +7,8 @@ from typing import Any
 import nbformat
 
 from book.reruns import Figure
-from swdlib.notebooks import CSV
-from swdlib.plots import for_both_grounds
+from swdlib.lab.notebooks import CSV
+from swdlib.lab.plots import for_both_grounds
 
 PROBE = "probe"  # the tag of these cells
 SVG = "image/svg+xml"
@@ -17,9 +17,10 @@ SVG = "image/svg+xml"
 def added(source: Path) -> Any:
     """Return a notebook with a cell before and one after it that tell what it draws and reads."""
     notebook = nbformat.read(source, as_version=4)
-    first = "from swdlib.notebooks import keep_numbers\n\nkeep_numbers()"
+    first = "from swdlib.lab.notebooks import keep_numbers\n\nkeep_numbers()"
     last = (
-        "import json\n\nfrom swdlib.notebooks import files_read\n\nprint(json.dumps(files_read()))"
+        "import json\n\nfrom swdlib.lab.notebooks import files_read\n\n"
+        "print(json.dumps(files_read()))"
     )
     before, after = (
         nbformat.v4.new_code_cell(code, metadata={"tags": [PROBE]}) for code in (first, last)

@@ -13,10 +13,10 @@ import nbformat
 import papermill
 
 from book.api import escaped
-from swdlib.config import PROFILES, Config
-from swdlib.interactive import weights_over_training
-from swdlib.records import NOT_ADDRESSED, load, path_of
-from swdlib.sweeps import read_grid
+from swdlib.lab.interactive import weights_over_training
+from swdlib.runs.config import PROFILES, Config
+from swdlib.runs.records import NOT_ADDRESSED, load, path_of
+from swdlib.runs.sweep import read_grid
 
 SETTINGS = {setting.name: setting for setting in fields(Config)}
 

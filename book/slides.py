@@ -17,7 +17,7 @@ import nbformat
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 from book.prose import Block, blocks, inline, paragraph
-from swdlib.plots import for_both_grounds
+from swdlib.lab.plots import for_both_grounds
 
 FILES = Path(__file__).parent / "_ext"
 LEFT_OUT = ("Parameters", "Check yourself", "Exercises")

@@ -6,29 +6,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from swdlib import criteria, deploy, masks, plots, recipes, schedules, structures
-    from swdlib.config import Config
-    from swdlib.data import load_data
-    from swdlib.evaluation import evaluate
-    from swdlib.experiments import run
+    from swdlib import criteria, deploy, masks, recipes, schedules, structures
+    from swdlib.data.load import load_data
+    from swdlib.lab import plots
+    from swdlib.metrics import evaluate
     from swdlib.models import build_model
-    from swdlib.penalties import SelectiveWeightDecay
-    from swdlib.records import load_records
-    from swdlib.training import train
+    from swdlib.runs.config import Config
+    from swdlib.runs.records import load_records
+    from swdlib.runs.run import run
+    from swdlib.runs.training import train
+    from swdlib.swd import SelectiveWeightDecay
 
 # Public name -> module that holds it, imported when it is first used: an engineer who needs the
 # penalty alone does not wait for plotting and data libraries.
 _HOMES = {
-    "Config": "config",
-    "SelectiveWeightDecay": "penalties",
+    "Config": "runs.config",
+    "SelectiveWeightDecay": "swd",
     "build_model": "models",
-    "evaluate": "evaluation",
-    "load_data": "data",
-    "load_records": "records",
-    "run": "experiments",
-    "train": "training",
+    "evaluate": "metrics",
+    "load_data": "data.load",
+    "load_records": "runs.records",
+    "run": "runs.run",
+    "train": "runs.training",
 }
-_MODULES = ("criteria", "deploy", "masks", "plots", "recipes", "schedules", "structures")
+_MODULES = {
+    **{name: name for name in ("criteria", "deploy", "masks", "recipes", "schedules")},
+    **{"structures": "structures", "plots": "lab.plots"},
+}
 
 __all__ = [
     "Config",
@@ -55,7 +59,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"swdlib.{name}")
+        return importlib.import_module(f"swdlib.{_MODULES[name]}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"swdlib.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'swdlib' has no attribute {name!r}")

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swdlib import records
-from swdlib.audits import audit_all
-from swdlib.claims import Busy
-from swdlib.config import Config, type_of
-from swdlib.devices import find_device, is_main_process
-from swdlib.dryruns import dry_run
-from swdlib.places import BUSY, Place, local, on_ray, run_alone
-from swdlib.records import load_records, tabulate
-from swdlib.sweeps import grid, read_grid, sweep
+from swdlib.runs import records
+from swdlib.runs.check import audit_all
+from swdlib.runs.config import Config, type_of
+from swdlib.runs.devices import find_device, is_main_process
+from swdlib.runs.dryrun import dry_run
+from swdlib.runs.records import load_records, tabulate
+from swdlib.runs.run import BUSY, Busy, run_alone
+from swdlib.runs.sweep import grid, read_grid, sweep
+from swdlib.runs.workers import Place, local, on_ray
 
 if TYPE_CHECKING:
     import pandas as pd

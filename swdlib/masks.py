@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swdlib.allocations import Allocation, together
 from swdlib.criteria import Criterion, magnitude
-from swdlib.selection import places_around
 from swdlib.structures import Coupled, Group, NofM, Structure, either
 
 Masks = dict[str, Tensor]
@@ -36,7 +34,7 @@ def check_sparsity(sparsity: float) -> float:
         raise ValueError(
             f"sparsity is the fraction of weights removed and must be in [0, 1), not {sparsity!r}"
         )
-    return float(sparsity)  # of 16 bits, or of a tensor, it could not be counted with
+    return float(sparsity)  # in double precision, whatever the type: counts must be exact
 
 
 def find_groups(model: nn.Module, structure: Structure) -> list[Group]:
@@ -76,6 +74,42 @@ def prunable(groups: Sequence[Group]) -> int:
 def are_single(groups: Sequence[Group]) -> bool:
     """Whether each unit is a single weight that may go whatever becomes of the others."""
     return all(type(group) is Group and group.size == 1 for group in groups)
+
+
+Allocation = Callable[[Sequence[Group], Sequence[Tensor]], list[Tensor]]
+
+
+def together(groups: Sequence[Group], scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores are compared as they are: a layer of small weights loses more (global pruning)."""
+    return list(scores)
+
+
+def uniform(groups: Sequence[Group], scores: Sequence[Tensor]) -> list[Tensor]:
+    """Each group loses the same share of its units."""
+    return [_better(s) for s in scores]
+
+
+def erk(groups: Sequence[Group], scores: Sequence[Tensor]) -> list[Tensor]:
+    """Each keeps a share proportional to (sum of its dimensions) / (their product), at most all.
+
+    Small layers stay denser: the Erdos-Renyi kernel (Evci et al. 2020, arXiv 1911.11134).
+    """
+    # A unit with a share b of its group above it stays while b < density; all densities grow alike.
+    return [
+        (_better(s) - 1.0) / (sum(g.parameter.shape) / g.parameter.numel())
+        for g, s in zip(groups, scores, strict=True)
+    ]
+
+
+def _better(scores: Tensor) -> Tensor:
+    """The share of the group's units that rank lower, in (0, 1)."""
+    rank = torch.empty_like(scores, dtype=torch.float64)
+    places = torch.arange(len(scores), dtype=torch.float64, device=scores.device)
+    rank[scores.argsort(stable=True)] = (places + 0.5) / len(scores)
+    return rank
+
+
+ALLOCATIONS: dict[str, Allocation] = {"global": together, "uniform": uniform, "erk": erk}
 
 
 def lowest_by_sort(
@@ -145,33 +179,15 @@ def _counter(groups: Sequence[Coupled]) -> Callable[[np.ndarray], int]:
 
 
 def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The `count` lowest scores; equals `lowest_by_sort` for units of one weight, and is faster.
-
-    A sample brackets the threshold, so that only the few scores between need to be ranked (after
-    Floyd & Rivest 1975). A sample that misleads costs time, never exactness.
-    """
-    if not count:
-        return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
+    """The `count` lowest scores, as `lowest_by_sort` finds them for units of one weight each."""
     flat = torch.cat([s.to(scores[0].device) for s in scores])
-    low, high = _bracket(flat, count)
-    chosen = flat < low
-    missing = count - int(chosen.count_nonzero())
-    between = ((flat <= high) ^ chosen).nonzero().squeeze(1)
-    if not 1 <= missing <= len(between):
-        chosen, missing, between = chosen.zero_(), count, torch.arange(len(flat)).to(between)
-    values = flat[between]
-    threshold = values.kthvalue(missing).values
-    chosen[between[values < threshold]] = True
-    tied = between[values == threshold]
-    chosen[tied[: count - int(chosen.count_nonzero())]] = True
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    if count:
+        threshold = flat.kthvalue(count).values
+        chosen = flat < threshold
+        ties = (flat == threshold).nonzero().squeeze(1)
+        chosen[ties[: count - int(chosen.count_nonzero())]] = True
     return _split(chosen, scores)
-
-
-def _bracket(flat: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Two scores between which the `count`-th lowest lies, almost surely."""
-    sample = flat[:: math.ceil(len(flat) ** (1 / 3))].sort().values
-    low, high = places_around(count / len(flat), len(sample))
-    return sample[low], sample[high]
 
 
 def _split(chosen: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

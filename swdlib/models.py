@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swdlib.schedules import check_count
+
 
 def build_model(
     name: str, *, channels: int = 3, size: int = 32, classes: int = 10, width: int | None = None
@@ -20,9 +22,10 @@ def build_model(
     a network of `MODELS` (see its builder; None is the builder's default); torchvision's have none.
     The weights follow torch's global seed: call `torch.manual_seed` first to draw the same again.
     """
-    _check_positive(channels=channels, size=size, classes=classes)
+    for what, number in {"channels": channels, "size": size, "classes": classes}.items():
+        check_count(what, number)
     if width is not None:
-        _check_positive(width=width)
+        check_count("width", width)
     if name not in MODELS:
         return _from_torchvision(name, channels, classes, width)
     options = {} if width is None else {"width": width}
@@ -167,11 +170,3 @@ def _unknown(name: str, names: list[str]) -> str:
     )
     close = difflib.get_close_matches(str(name), [*MODELS, *names])
     return f"{message}; did you mean {' or '.join(close)}?" if close else message
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a whole number, not {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")

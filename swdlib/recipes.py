@@ -8,30 +8,17 @@ budget, fine-tuning included, so that methods given the same number have cost th
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
-from swdlib.allocations import Allocation, together
-from swdlib.baselines import BatchNormL1, GradualPruning, RareSelection
+from swdlib.baselines import BatchNormL1, GradualPruning
 from swdlib.criteria import Criterion, Random, batch_norm_scale, magnitude
-from swdlib.masks import Masks, check_sparsity
-from swdlib.penalties import SelectiveWeightDecay, Update
-from swdlib.schedules import Constant, Cubic, Exponential, Growth, Schedule, growing
+from swdlib.hooks import Method
+from swdlib.masks import Allocation, check_sparsity, together
+from swdlib.schedules import Constant, Cubic, Exponential, Growth, Schedule, check_count, growing
 from swdlib.structures import Structure
-
-
-class Penalty(Protocol):
-    """What a training phase can attach to its optimizer; `masks` are what it holds at zero now."""
-
-    masks: Masks
-
-    def attach(self, optimizer: Optimizer) -> None: ...
-    def detach(self) -> None: ...
-    def report(self) -> dict[str, float]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+from swdlib.swd import SelectiveWeightDecay, Update
 
 
 @dataclass(frozen=True)
@@ -44,11 +31,10 @@ class Train:
 
     epochs: int
     lr: Schedule
-    penalty: Callable[..., Penalty] | None = None
+    penalty: Callable[..., Method] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.epochs, int) or self.epochs < 1:
-            raise ValueError(f"epochs must be a whole number of at least 1, not {self.epochs!r}")
+        check_count("epochs", self.epochs)
         if not callable(self.lr):
             raise TypeError(f"lr must be a schedule, such as Constant(0.1), not {self.lr!r}")
 
@@ -320,14 +306,15 @@ def _swd_penalty(
     strength: Schedule,
     update: Update,
     every: int = 1,
-) -> Callable[..., Penalty]:
+) -> Callable[..., Method]:
     return partial(
-        SelectiveWeightDecay if every == 1 else partial(RareSelection, every=every),
+        SelectiveWeightDecay,
         sparsity=sparsity,
         structure=structure,
         weight_decay=weight_decay,
         strength=strength,
         update=update,
+        every=every,
     )
 
 
@@ -361,8 +348,7 @@ def _rising(sparsity: float, ramp_begin: float, ramp_end: float) -> Cubic:
 
 
 def _check_finetuning(epochs: int, finetune_epochs: int, iterations: int = 1) -> None:
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, not {iterations!r}")
+    check_count("iterations", iterations)
     if not iterations <= finetune_epochs < epochs:
         raise ValueError(
             f"finetune_epochs must be at least iterations ({iterations}) and less than epochs "

@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, SupportsFloat
+from numbers import Integral
+from typing import Any, Literal, SupportsFloat
 
 Schedule = Callable[[float], float]
 Growth = Literal["exponential", "linear", "cosine", "cubic", "per_step"]
@@ -171,6 +172,13 @@ def check_not_negative(name: str, value: float) -> float:
     if not (isinstance(value, SupportsFloat) and math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be a finite number of 0 or more, not {value!r}")
     return value
+
+
+def check_count(name: str, value: Any, hint: str = "") -> int:
+    """The value as an int, if it is a whole number of at least 1; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}{hint}")
+    return int(value)
 
 
 def as_schedule(value: float | Schedule, check: Callable[[float], float]) -> Schedule:

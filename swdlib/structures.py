@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.nn.modules.conv import _ConvNd
 
+from swdlib.channels import Part, find_attentions, trace_units
 from swdlib.criteria import Criterion, score_of
-from swdlib.graph import Part, find_attentions, trace_units
+from swdlib.schedules import check_count
 
 
 @dataclass(frozen=True)
@@ -257,9 +258,8 @@ def kernels(model: nn.Module) -> list[Group]:
 
 def blocks(height: int, width: int) -> Structure:
     """Blocks of `height` outputs x `width` weights of those outputs; smaller at a matrix's edge."""
-    for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    check_count("height", height)
+    check_count("width", width)
 
     def blocks(model: nn.Module) -> list[Group]:
         found = [(n, p) for n, p in _prunable(model) if p.numel()]

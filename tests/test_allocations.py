@@ -6,8 +6,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from swdlib.allocations import ALLOCATIONS, Allocation, erk, together, uniform
-from swdlib.masks import prunable, select, sparsity_of
+from swdlib.masks import (
+    ALLOCATIONS,
+    Allocation,
+    erk,
+    prunable,
+    select,
+    sparsity_of,
+    together,
+    uniform,
+)
 from swdlib.structures import Group
 
 

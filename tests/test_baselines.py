@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW
 
-from swdlib.baselines import BatchNormL1, GradualPruning, RareSelection
+from swdlib.baselines import BatchNormL1, GradualPruning
 from swdlib.criteria import Random
 from swdlib.masks import select, sparsity_of
-from swdlib.penalties import SelectiveWeightDecay
 from swdlib.schedules import Cubic, Linear
 from swdlib.structures import filters, kernels, weights
+from swdlib.swd import RareSelection, SelectiveWeightDecay
 
 EXAMPLE = torch.zeros(1, 1, 4, 4)
 

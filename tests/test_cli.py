@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from swdlib import cli, records
-from swdlib.claims import claim
-from swdlib.config import Config
-from swdlib.places import Place, claim_of
-from swdlib.records import load_records
+from swdlib import cli
+from swdlib.runs import records
+from swdlib.runs.config import Config
+from swdlib.runs.records import load_records
+from swdlib.runs.run import claim, claim_of
+from swdlib.runs.workers import Place
 
 GRIDS = Path(__file__).resolve().parents[1] / "book" / "grids"
 QUICK = ["--epochs", "1", "--width", "4"]
@@ -213,7 +214,7 @@ def test_flags_have_the_types_of_the_fields() -> None:
 def test_a_mistake_is_told_without_a_traceback(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swdlib.cifar10._download", _no_download)
+    monkeypatch.setattr("swdlib.data.cifar10._download", _no_download)
     with pytest.raises(SystemExit, match=message):
         cli.main([*arguments, "--records", str(tmp_path)])
     assert not list(tmp_path.rglob("*.json"))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swdlib.evaluation import evaluate, renewed
-from swdlib.images import Split
-from tests.test_training import toy_data
+from swdlib.data.images import Split
+from swdlib.metrics import evaluate, renewed
+from tests.runs.test_training import toy_data
 
 
 def test_evaluate_by_hand() -> None:

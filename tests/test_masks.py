@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swdlib import masks as masks_module
 from swdlib.criteria import magnitude
+from swdlib.deploy.shrinking import shrink
 from swdlib.masks import (
     NotFinite,
     Unreachable,
@@ -27,7 +28,6 @@ from swdlib.masks import (
     select_units,
     sparsity_of,
 )
-from swdlib.shrinking import shrink
 from swdlib.structures import STRUCTURES, Group, filters, kernels, weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

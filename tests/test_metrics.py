@@ -16,9 +16,9 @@ from swdlib.metrics import (
     latencies,
     latency,
     parameters,
-    weight_histogram,
 )
-from swdlib.records import HISTOGRAM_BINS, HISTOGRAM_RANGE
+from swdlib.runs.records import HISTOGRAM_BINS, HISTOGRAM_RANGE
+from swdlib.runs.training import weight_histogram
 
 LOGITS = torch.tensor([[3.0, 1.0, 2.0], [0.0, -1.0, -2.0], [5.0, 6.0, 7.0], [1.0, 0.5, 0.0]])
 LABELS = torch.tensor([0, 1, 0, 2])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from swdlib.movement import Movement, fitted_units
+from swdlib.hooks import Movement, fitted_units
 from swdlib.structures import Group, kernels
 
 

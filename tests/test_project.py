@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 import swdlib
-from swdlib.experiments import UNDECIDING
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,59 +22,23 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "swdlib"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+}
 
-# Module -> the modules next to it in the flow; what those may import, it may import too.
-LAYERS: dict[str, set[str]] = {
-    "schedules": set(),
-    "criteria": set(),
-    "tracing": set(),
-    "graph": {"tracing"},
-    "structures": {"criteria", "graph"},
-    "allocations": {"structures"},
-    "radix": set(),
-    "readings": set(),
-    "selection": {"radix", "readings"},
-    "masks": {"allocations", "selection"},
-    "joins": set(),
-    "movement": {"masks"},
-    "updates": {"readings"},
-    "penalties": {"joins", "movement", "schedules", "updates"},
-    "baselines": {"penalties"},
-    "recipes": {"baselines"},
-    "files": set(),
-    "images": set(),
-    "cifar10": {"files", "images"},
-    "folders": set(),
-    "streams": {"folders", "images"},
-    "imagenet": {"folders", "images"},
-    "data": {"cifar10", "streams"},
-    "models": set(),
-    "records": {"files"},
-    "metrics": {"masks", "records"},
-    "sparse_files": {"files", "masks"},
-    "sparse_kernels": {"masks"},
-    "onnx_files": {"files", "metrics"},
-    "attention": set(),
-    "shrinking": {"attention", "graph", "metrics"},
-    "deploy": {"onnx_files", "shrinking", "sparse_files", "sparse_kernels"},
-    "checks": {"metrics", "sparse_files"},
-    "checkpoints": {"files"},
-    "devices": set(),
-    "evaluation": {"metrics"},
-    "training": {"checkpoints", "devices", "recipes", "evaluation"},
-    "config": {"data", "devices", "models", "recipes"},
-    "experiments": {"config", "training", "records", "shrinking", "sparse_files"},
-    "dryruns": {"experiments"},
-    "plots": {"records"},
-    "interactive": {"plots"},
-    "claims": set(),
-    "places": {"claims", "experiments"},
-    "sweeps": {"dryruns", "places"},
-    "history": {"experiments"},
-    "audits": {"dryruns", "history"},
-    "cli": {"audits", "dryruns", "sweeps", "plots"},
-    "notebooks": set(),
+METHOD = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "cli"}
+LIBRARY = METHOD | {"data", "runs", "deploy", "lab", "cli"}
+
+# Part of the library -> what it may import besides itself; a module at the top is the method's.
+MAY_IMPORT = {
+    "method": METHOD,
+    "data": {"files"},
+    "deploy": METHOD,
+    "runs": METHOD | {"data", "deploy"},
+    "lab": LIBRARY,
+    "cli": LIBRARY - {"lab"},
 }
 
 
@@ -84,63 +47,46 @@ def project() -> Any:
     return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
-def imports(module: str) -> set[str]:
-    """Return the dotted names of all that a module of the package imports, wherever it does."""
+def imports(path: Path) -> set[str]:
+    """Return the dotted names of all that a file imports, wherever in it."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            home = ".".join(filter(None, ["swdlib" if node.level else "", node.module]))
-            found |= {home} | {f"{home}.{alias.name}" for alias in node.names}
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def siblings(module: str) -> set[str]:
-    """Return the modules of the package that one of them imports."""
-    parts = [name.split(".") for name in imports(module)]
-    return {path[1] for path in parts if path[0] == "swdlib" and path[1:2]} & set(MODULES)
-
-
-def reachable(module: str) -> set[str]:
-    """Return all that a module may import."""
-    return LAYERS[module] | {name for below in LAYERS[module] for name in reachable(below)}
-
-
-def test_layers_go_one_way() -> None:
-    order = list(LAYERS)
-    for module, below in LAYERS.items():
-        assert all(order.index(name) < order.index(module) for name in below), module
+def modules_imported(path: Path) -> set[str]:
+    """Return the modules of the library that one of its files imports, such as runs.config."""
+    names = {name.removeprefix("swdlib.") for name in imports(path) if name.startswith("swdlib.")}
+    return names & set(MODULES)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_module_imports_only_what_lies_before_it(module: str) -> None:
-    assert module in LAYERS, f"add {module} to LAYERS"
-    assert siblings(module) <= reachable(module)
+def test_imports_go_one_way(module: str) -> None:
+    part = module.split(".")[0] if "." in module or module == "cli" else "method"
+    used = {name.split(".")[0] for name in modules_imported(MODULES[module])}
+    assert used <= MAY_IMPORT[part] | {part}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    left = {name: modules_imported(path) for name, path in MODULES.items()}
+    while free := {name for name, used in left.items() if not used & left.keys()}:
+        left = {name: used for name, used in left.items() if name not in free}
+    assert not left
 
 
 def test_map_of_the_library_shows_each_module_once() -> None:
     page = (ROOT / "book" / "api.md").read_text("utf-8")
-    rows = re.findall(r"^\| [A-Z].*\|$", page.split("## schedules")[0], re.MULTILINE)
-    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == MODULES
+    rows = re.findall(r"^\| [A-Z`].*\|$", page.split("## swd")[0], re.MULTILINE)
+    assert sorted(re.findall(r"`([\w.]+)`", "".join(rows))) == sorted(MODULES)
 
 
-def test_what_stands_for_the_code_of_a_run_is_all_that_it_imports() -> None:
-    deciding, found = {"experiments"}, {"experiments"}
-    while found:
-        found = {name for module in found for name in siblings(module)} - deciding
-        deciding |= found
-    assert set(MODULES) - deciding == set(UNDECIDING) - {"__init__"}
-
-
-@pytest.mark.parametrize("module", sorted({"plots", "records"} & set(MODULES)))
+@pytest.mark.parametrize("module", ["lab.plots", "runs.records"])
 def test_drawing_and_reading_need_no_torch(module: str) -> None:
-    assert not {name for name in imports(module) if name.split(".")[0] == "torch"}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_module_has_its_tests(module: str) -> None:
-    assert (ROOT / "tests" / f"test_{module}.py").is_file()
+    assert not {name for name in imports(MODULES[module]) if name.split(".")[0] == "torch"}
 
 
 def test_environment_takes_its_packages_from_pyproject() -> None:
@@ -215,7 +161,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {f"swdlib/{path.name}" for path in PACKAGE.glob("*.py")}
+    modules = {f"swdlib/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
+    modules.add("swdlib/py.typed")
     assert modules <= names
     assert all(
         name.startswith(f"swdlib-{swdlib.__version__}.dist-info/") for name in names - modules

@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
-from swdlib.baselines import BatchNormL1, GradualPruning, RareSelection
+from swdlib.baselines import BatchNormL1, GradualPruning
 from swdlib.criteria import Random, batch_norm_scale
-from swdlib.data import load_data
-from swdlib.images import Dataset, Split
+from swdlib.data.images import Dataset, Split
+from swdlib.data.load import load_data
 from swdlib.masks import find_groups, prunable, select, sparsity_of
 from swdlib.models import build_model
-from swdlib.penalties import SelectiveWeightDecay
 from swdlib.recipes import (
     RECIPES,
     Penalty,
@@ -44,10 +43,11 @@ from swdlib.recipes import (
     swd_rising,
     zhu2017,
 )
+from swdlib.runs.training import train
 from swdlib.schedules import Constant, Cosine, Exponential
 from swdlib.structures import STRUCTURES, filters, kernels, weights
-from swdlib.training import train
-from tests.test_training import assert_resumes
+from swdlib.swd import RareSelection, SelectiveWeightDecay
+from tests.runs.test_training import assert_resumes
 
 LR = Cosine(0.1, 0.001)
 SETTINGS: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""Data: what networks are trained and tested on."""

@@ -1,0 +1,1 @@
+"""The lab: what the book's notebooks need and nobody else."""

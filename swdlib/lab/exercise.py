@@ -1,0 +1,137 @@
+"""Checks: whether a network was pruned as it was meant to be; what is missing is said in words."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from swdlib.deploy.stored import is_stored, load_sparse, save_sparse
+from swdlib.masks import Masks, check_mask, check_sparsity, find_groups
+from swdlib.metrics import bytes_on_disk
+from swdlib.structures import weights
+
+
+@dataclass(frozen=True)
+class Check:
+    """A property that a pruned network should have, what was found, and a remedy where it lacks."""
+
+    name: str
+    passed: bool
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        sign, remedy = ("✓", "") if self.passed else ("✗", f"\n    {self.remedy}")
+        return f"{sign} {self.name}: {self.found}{remedy}"
+
+
+def check_pruned(
+    model: Any,
+    masks: Any,
+    dense: nn.Module,
+    *,
+    sparsity: float,
+    accuracy: Callable[[nn.Module], float],
+    points: float = 1.0,
+) -> list[Check]:
+    """Check `model`, of the kind of the unpruned network `dense`, pruned by single weights.
+
+    `masks` are what `SelectiveWeightDecay.prune` returned, True where a weight stays; `accuracy`
+    gives a network's in percent, which may fall by `points`. A check that needs what another found
+    missing is left out. Whatever `model` and `masks` are, a check that fails says why: none of this
+    raises an error.
+    """
+    check_sparsity(sparsity)
+    checks = [_names(model, dense)]
+    if checks[0].passed:
+        checks += [_accuracy(accuracy, model, dense, points), _masks(masks, dense)]
+        if checks[-1].passed:
+            checks += [_sparsity(masks, sparsity), _zeros(model, masks)]
+            if checks[-1].passed:
+                checks.append(_file(model, masks, dense))
+    return checks
+
+
+def _names(model: Any, dense: nn.Module) -> Check:
+    remedy = "return the network itself: it need not be wrapped, renamed or rebuilt"
+    if not isinstance(model, nn.Module):
+        return Check("names", False, f"got {type(model).__name__}, not a network", remedy)
+    before, after = _content(dense), _content(model)
+    differ = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+    found = f"{', '.join(differ[:3])} differ" if differ else f"all {len(before)} are as before"
+    return Check("names", not differ, f"{found} in state_dict()", remedy)
+
+
+def _content(network: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What a network holds: for each name shape and type, and whether it is a parameter."""
+    trained = dict(network.named_parameters())
+    return {n: (t.shape, t.dtype, n in trained) for n, t in network.state_dict().items()}
+
+
+def _accuracy(
+    accuracy: Callable[[nn.Module], float], model: nn.Module, dense: nn.Module, points: float
+) -> Check:
+    before = accuracy(dense)
+    try:
+        after = accuracy(model)
+    except Exception as error:  # of the network's own code, which may be anything
+        remedy = "return a network that is called as the one that you were given"
+        return Check("accuracy", False, f"it does not run: {error!r}", remedy)
+    found = f"{after:.1f} % after {before:.1f} %, and {points:g} may be lost"
+    remedy = "let the strength reach its end before you prune (`steps`), or train longer"
+    return Check("accuracy", after >= before - points - 1e-9, found, remedy)
+
+
+def _masks(masks: Any, dense: nn.Module) -> Check:
+    remedy = "return what swd.prune() returns: a mask for each parameter that is pruned"
+    wanted = {group.name: group.parameter for group in find_groups(dense, weights)}
+    if not isinstance(masks, dict) or masks.keys() != wanted.keys():
+        found = f"{len(masks)} entries" if isinstance(masks, dict) else type(masks).__name__
+        return Check("masks", False, f"got {found}, not masks of {len(wanted)} layers", remedy)
+    try:
+        for name, mask in masks.items():
+            check_mask(name, mask, wanted)
+            if mask.is_meta:
+                raise ValueError(f"the mask of {name!r} is on the meta device: it has no values")
+    except (ValueError, AttributeError) as error:
+        return Check("masks", False, str(error), remedy)
+    return Check("masks", True, f"of {len(wanted)} layers")
+
+
+def _sparsity(masks: Masks, sparsity: float) -> Check:
+    total = sum(mask.numel() for mask in masks.values())
+    removed = total - sum(int(mask.sum()) for mask in masks.values())
+    wanted = round(sparsity * total)
+    found = f"{removed:,} of {total:,} weights removed, {wanted:,} wanted"
+    return Check("sparsity", removed == wanted, found, f"ask for sparsity={sparsity:g}")
+
+
+def _zeros(model: nn.Module, masks: Masks) -> Check:
+    parameters = dict(model.named_parameters())
+    removed = [parameters[n].detach()[~m.to(parameters[n].device)] for n, m in masks.items()]
+    alive = sum(int(is_stored(w).sum()) for w in removed)  # -0.0 counts as well
+    found = f"{alive:,} of the removed weights are not zero" if alive else "all are exact"
+    remedy = "prune last; if training goes on, call masks.apply_ after every step"
+    if alive and not any(int(w.count_nonzero()) for w in removed):
+        remedy = "they are -0.0, which a product with a mask leaves: call masks.apply_ instead"
+    return Check("zeros", not alive, found, remedy)
+
+
+def _file(model: nn.Module, masks: Masks, dense: nn.Module) -> Check:
+    before = bytes_on_disk(lambda path: save_sparse(dense, {}, path))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "pruned.safetensors")
+        save_sparse(model, masks, path)
+        after, again = path.stat().st_size, copy.deepcopy(dense)
+        load_sparse(again, path)
+    written, read = model.state_dict(), again.state_dict()
+    same = all(torch.equal(read[name].cpu(), tensor.cpu()) for name, tensor in written.items())
+    found = f"{after:,} bytes, {after / before:.0%} of {before:,}; read back bit for bit"
+    if not same:
+        found = "it reads back as another network"
+    return Check("file", same and after < before, found, "remove more: a place costs two bytes")

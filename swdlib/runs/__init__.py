@@ -1,0 +1,1 @@
+"""Experiments: a configuration in, a record out, one run or many."""

@@ -1,0 +1,280 @@
+"""Config: all that decides a run, checked before any work, with defaults at three scales."""
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from swdlib.criteria import CRITERIA
+from swdlib.data.load import DATASETS, AnyDataset
+from swdlib.masks import ALLOCATIONS
+from swdlib.models import MODELS, build_model, check_model
+from swdlib.recipes import RECIPES, Phase, ranked
+from swdlib.runs.devices import Precision, check_tracker
+from swdlib.runs.training import Options
+from swdlib.schedules import Cosine, Growth, Piecewise, Schedule, Steps
+from swdlib.structures import STRUCTURES
+from swdlib.swd import Update
+
+_COMMON = {"weight_decay": 5e-4, "precision": "fp32"}
+_SMALL = {**_COMMON, "lr_schedule": "triangle", "nesterov": True}
+
+# "paper" is the published set-up (arXiv 2011.10520 and the authors' code); the others are smaller.
+PROFILES: dict[str, dict[str, Any]] = {
+    "smoke": {
+        **_SMALL,
+        "dataset": "digits",
+        "model": "cnn",
+        "width": 16,
+        "epochs": 30,
+        "finetune_epochs": 6,
+        "batch_size": 64,
+        "lr": 0.2,
+    },
+    "laptop": {
+        **_SMALL,
+        "dataset": "cifar10",
+        "model": "resnet20",
+        "width": 8,
+        "epochs": 10,
+        "finetune_epochs": 2,
+        "batch_size": 128,
+        "lr": 0.2,
+    },
+    "paper": {
+        **_COMMON,
+        "dataset": "cifar10",
+        "model": "resnet20",
+        "width": 64,
+        "epochs": 300,
+        "finetune_epochs": 50,
+        "batch_size": 128,
+        "lr": 0.1,
+        "lr_schedule": "steps",
+        "nesterov": False,
+    },
+}
+
+# What "paper" is on ImageNet. Published are the network, the epochs, the crops and a loss without
+# label smoothing. The rest is not: batches, learning rates and weight decay are the usual ones of
+# torchvision's ResNet-50, fine-tuning is a sixth of the epochs as on CIFAR-10, and bf16 saves time.
+PAPER_ON_IMAGENET = {
+    "model": "resnet50",
+    "epochs": 90,
+    "finetune_epochs": 15,
+    "batch_size": 256,
+    "weight_decay": 1e-4,
+    "precision": "bf16",
+}
+
+COUNTS = ("width", "epochs", "finetune_epochs", "iterations", "batch_size", "accumulate", "every")
+
+LR_SCHEDULES: dict[str, Callable[[float], Schedule]] = {
+    "steps": lambda lr: Steps(lr, 0.1, (1 / 3, 2 / 3)),  # as published
+    "cosine": lambda lr: Cosine(lr, lr / 100),
+    "triangle": lambda lr: Piecewise(((0.0, lr / 10), (0.2, lr), (1.0, lr / 100))),
+}
+
+
+def _setting(default: Any, meaning: str, *choices: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "choices": choices})
+
+
+BY_PROFILE = None  # a field left at None takes its profile's value, which may depend on the dataset
+BY_RECIPE = None  # one left at None takes its recipe's default
+
+# Recipes take these, but a run without such a recipe uses them as well.
+ALWAYS_USED = ("weight_decay", "seed")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides a run; what is not given comes from the profile.
+
+    Its fields are the notebooks' parameters and the command line's flags. What belongs to a recipe
+    alone has that recipe's default. A setting that the recipe does not use is blanked, so that it
+    cannot tell two equal runs apart. Raises ValueError that names the field, its value and what is
+    allowed.
+    """
+
+    profile: str = _setting("smoke", "scale of the run", *PROFILES)
+    dataset: str = _setting(BY_PROFILE, "dataset", *DATASETS)
+    data_root: str | None = _setting(None, "folder that holds the dataset")
+    model: str = _setting(BY_PROFILE, f"{', '.join(MODELS)}, or a torchvision classifier")
+    width: int | None = _setting(BY_PROFILE, "maps of the first stage")
+    recipe: str = _setting("swd", "method", *RECIPES)
+    structure: str = _setting("weights", "what is pruned together", *STRUCTURES)
+    criterion: str = _setting(BY_RECIPE, "what is pruned first", *CRITERIA)
+    allocation: str = _setting(BY_RECIPE, "how layers share the sparsity", *ALLOCATIONS)
+    sparsity: float = _setting(0.9, "fraction of weights removed, in [0, 1)")
+    epochs: int = _setting(BY_PROFILE, "epochs in all, fine-tuning included")
+    finetune_epochs: int = _setting(BY_PROFILE, "epochs of them that follow a cut")
+    iterations: int = _setting(BY_RECIPE, "cuts")
+    batch_size: int = _setting(BY_PROFILE, "images in a step")
+    lr: float = _setting(BY_PROFILE, "highest learning rate")
+    lr_schedule: str = _setting(BY_PROFILE, "course of the learning rate", *LR_SCHEDULES)
+    momentum: float = _setting(0.9, "momentum of SGD, in [0, 1)")
+    nesterov: bool = _setting(BY_PROFILE, "Nesterov's momentum")
+    weight_decay: float = _setting(BY_PROFILE, "weight decay mu, of all weights and of SWD")
+    a: float = _setting(BY_RECIPE, "strength of SWD where it is constant")
+    a_min: float = _setting(BY_RECIPE, "strength of SWD at the start")
+    a_max: float = _setting(BY_RECIPE, "strength of SWD at the end")
+    growth: str = _setting(BY_RECIPE, "how the strength of SWD grows", *get_args(Growth))
+    growth_end: float = _setting(BY_RECIPE, "share of training when it is at its highest")
+    update: str = _setting(BY_RECIPE, "how SWD acts", *get_args(Update))
+    ramp_begin: float = _setting(BY_RECIPE, "share of training when the sparsity starts to rise")
+    ramp_end: float = _setting(BY_RECIPE, "share of training when the sparsity is reached")
+    every: int = _setting(BY_RECIPE, "steps from one choice of masks to the next")
+    l1: float = _setting(BY_RECIPE, "L1 penalty on the scales of batch normalisation")
+    seed: int = _setting(0, "seed of weights, batch order and augmentation")
+    holdout: float = _setting(0.0, "fraction of training images measured instead of the test's")
+    precision: str = _setting(BY_PROFILE, "arithmetic", *get_args(Precision))
+    accumulate: int = _setting(1, "parts that a batch is worked through in")
+    clip: float | None = _setting(None, "largest gradient norm")
+    compile: bool = _setting(False, "use torch.compile")
+    channels_last: bool = _setting(True, "lay images channels last: faster convolutions")
+    device: str = _setting("auto", "where it runs", "auto", "cpu", "cuda", "mps")
+    tracker: str | None = _setting(None, "also send figures to tensorboard, wandb, mlflow, ...")
+
+    def __post_init__(self) -> None:
+        _check_choice("profile", self.profile, tuple(PROFILES))
+        for setting in fields(self):
+            value = self._filled(setting.name)
+            if value is not None:
+                value = _typed(setting.name, setting.type, value)
+                _check_choice(setting.name, value, setting.metadata["choices"])
+            object.__setattr__(self, setting.name, value)
+        if self.tracker is not None:
+            check_tracker(self.tracker)
+        check_model(self.model, self.width)
+        self._check_ranges()
+        phases_of(self)  # a recipe checks its own settings
+        self._blank_unused()
+
+    def settings(self) -> dict[str, Any]:
+        """The fields and their values, as a record keeps them."""
+        return asdict(self)
+
+    def title(self) -> str:
+        """A line that names the run."""
+        width = "" if self.width is None else f" of width {self.width}"
+        cut = f" at sparsity {self.sparsity:g}" if self.sparsity else ""
+        return (
+            f"{self.recipe}{cut}: {self.model}{width} on {self.dataset}, "
+            f"{self.epochs} epochs, seed {self.seed}"
+        )
+
+    def _filled(self, name: str) -> Any:
+        value = getattr(self, name)
+        if value is not None:
+            return value
+        if name == "width" and self.model not in MODELS:
+            return None  # torchvision's networks have none
+        default = type(self).__dataclass_fields__[name].default
+        scale = PROFILES[self.profile]
+        if (self.profile, self.dataset) == ("paper", "imagenet"):
+            scale = scale | PAPER_ON_IMAGENET
+        return {name: default, **_defaults(self.recipe), **scale}[name]
+
+    def _check_ranges(self) -> None:
+        self._require("at least 1", lambda v: v >= 1, *COUNTS)
+        self._require("above 0", lambda v: v > 0, "lr", "a", "a_min", "a_max", "clip")
+        self._require("in [0, 1)", lambda v: 0 <= v < 1, "sparsity", "momentum", "holdout")
+        self._require("in [0, 1]", lambda v: 0 <= v <= 1, "ramp_begin", "ramp_end")
+        self._require("0 or more", lambda v: v >= 0, "weight_decay", "l1", "seed")
+        self._require("below 2**63", lambda v: v < 2**63, "seed")
+        self._require("false if momentum is 0", lambda v: not v or self.momentum > 0, "nesterov")
+
+    def _require(self, allowed: str, holds: Callable[[Any], bool], *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+    def _blank_unused(self) -> None:
+        of_recipes = {name for recipe in RECIPES for name in _parameters(recipe)}
+        if "structure" not in _parameters(self.recipe):
+            of_recipes |= {"criterion", "allocation"}
+        for name in of_recipes - set(_parameters(self.recipe)) - set(ALWAYS_USED):
+            object.__setattr__(self, name, 0.0 if name == "sparsity" else None)
+
+
+def _parameters(recipe: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(RECIPES[recipe]).parameters
+
+
+def _defaults(recipe: str) -> dict[str, Any]:
+    if recipe not in RECIPES:  # as is found out when its field is checked
+        return {}
+    found = {name: parameter.default for name, parameter in _parameters(recipe).items()}
+    return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
+
+
+def type_of(kind: Any) -> Any:
+    """The type that a field's annotation allows, None aside."""
+    return next((t for t in get_args(kind) if t is not type(None)), kind)
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """The value as the field's type, so that 1 and 1.0 are one configuration."""
+    wanted = type_of(kind)
+    accepted = {float: numbers.Real, int: numbers.Integral}.get(wanted, wanted)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+        raise ValueError(f"{name} must be of type {wanted.__name__}, not {value!r}")
+    if wanted is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return wanted(value)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def phases_of(config: Config, example: Tensor | None = None) -> list[Phase]:
+    """The phases of the configuration's recipe, given the settings that its parameters name.
+
+    `example` is an input of the network, which structures that reach through several layers need
+    once training starts.
+    """
+    settings = config.settings()
+    settings["lr"] = LR_SCHEDULES[config.lr_schedule](config.lr)
+    if config.structure is not None:
+        settings["structure"] = STRUCTURES[config.structure](example)
+    recipe = RECIPES[config.recipe]
+    phases = recipe(**{name: settings[name] for name in _parameters(config.recipe)})
+    criterion = CRITERIA[config.criterion] if config.criterion else None
+    allocation = ALLOCATIONS[config.allocation] if config.allocation else None
+    return ranked(phases, criterion, allocation)
+
+
+def build(config: Config, data: AnyDataset) -> nn.Module:
+    """The configuration's network for `data`, its weights drawn from the configuration's seed."""
+    torch.manual_seed(config.seed)
+    return build_model(
+        config.model,
+        channels=data.channels,
+        size=data.size,
+        classes=data.classes,
+        width=config.width,
+    )
+
+
+def options_of(config: Config, **more: Any) -> dict[str, Any]:
+    """The configuration's options for `train`, and `more` of them."""
+    optimizer = partial(
+        SGD,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+    shared = {f.name for f in fields(Options)} & {f.name for f in fields(config)}
+    return {"optimizer": optimizer, **{name: getattr(config, name) for name in shared}, **more}

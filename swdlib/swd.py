@@ -1,0 +1,226 @@
+"""Selective weight decay: the weights that pruning would remove decay more and more."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from swdlib import hooks
+from swdlib.criteria import Criterion, magnitude
+from swdlib.fast import Selected, Threshold, add_, are_alike, divide_, lowest_on_gpu
+from swdlib.masks import Allocation, Masks, apply_, are_single, removed_weights, select, together
+from swdlib.schedules import Exponential, Schedule, as_schedule, check_not_negative
+from swdlib.structures import Structure, weights
+
+
+def smallest(weights: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+    """w*: a bool tensor for each of `weights`, True at the smallest magnitudes over all of them."""
+    sizes = torch.cat([w.detach().abs().flatten() for w in weights])
+    is_smallest = torch.zeros_like(sizes, dtype=torch.bool)
+    is_smallest[sizes.argsort(stable=True)[: round(sparsity * len(sizes))]] = True
+    parts = is_smallest.split([w.numel() for w in weights])
+    return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
+
+
+def penalty(
+    weights: Sequence[Tensor],
+    sparsity: float,
+    strength: float,
+    weight_decay: float,
+    select: Callable[[Sequence[Tensor], float], Iterable[Tensor]] = smallest,
+) -> Tensor:
+    """What SWD adds to the loss: a * mu / 2 * ||w*||^2, a 0-d tensor. This is the whole method.
+
+    `sparsity` is the fraction that pruning would remove, `strength` the a, `weight_decay` the mu.
+    Source: arXiv 2011.10520, equation 2. Training chooses w* anew, and raises a, at every step.
+    """
+    selected = zip(weights, select(weights, sparsity), strict=True)
+    squares = [w[is_selected].square().sum() for w, is_selected in selected]
+    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum()
+    return 0.5 * strength * weight_decay * norm
+
+
+# The rest of this file makes that penalty fit any training loop, structure and criterion.
+
+PUBLISHED = Exponential(0.1, 1e5)
+Update = Literal["gradient", "proximal"]
+
+
+class SelectiveWeightDecay(hooks.SelectingMethod):
+    """The penalty for a training loop: attach it to the optimizer, train, then `prune()`.
+
+    The strength a(t) grows while training goes on, t being the share of `steps` that is done. The
+    optimizer's own weight decay, which acts on all weights, stays as it is.
+
+    Args:
+        model: any module; it is neither wrapped nor renamed.
+        sparsity: fraction of prunable weights to remove, in [0, 1), or a schedule of it.
+        steps: optimizer steps over which the strength grows, at least 1.
+        weight_decay: mu.
+        strength: a number or a schedule of a; the published one is Exponential(0.1, 1e5).
+        every: steps from one choice of w* to the next; published 1.
+        structure: what is pruned together.
+        criterion: what is pruned first: the lowest scores.
+        allocation: how scores of different layers compare; by default as they are.
+        update: "gradient" adds a*mu*w* to the gradients before the step, as published; "proximal"
+            divides w* by 1 + lr*a*mu after the step, which no strength can make diverge.
+
+    Raises ValueError or TypeError for an argument that is not allowed. A weight that is NaN or
+    infinite raises ValueError at the next step on a CPU, and at `report()` or `prune()` on a GPU.
+    """
+
+    remedy = hooks.BY_HAND
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float | Schedule,
+        steps: int,
+        weight_decay: float = 5e-4,
+        strength: float | Schedule = PUBLISHED,
+        every: int = 1,
+        structure: Structure = weights,
+        criterion: Criterion = magnitude,
+        allocation: Allocation = together,
+        update: Update = "gradient",
+    ) -> None:
+        super().__init__(
+            model,
+            sparsity=sparsity,
+            steps=steps,
+            every=every,
+            structure=structure,
+            criterion=criterion,
+            allocation=allocation,
+        )
+        if update not in get_args(Update):
+            raise ValueError(f"update must be one of {get_args(Update)}, not {update!r}")
+        self.update = update
+        self.weight_decay = check_not_negative("weight_decay", weight_decay)
+        self._strength = as_schedule(strength, _check_strength)
+        for progress in (0.0, 1.0):
+            _check_strength(self._strength(progress))
+        self._threshold = Threshold()
+        plain = criterion is magnitude and allocation is together and are_single(self.groups)
+        self._is_fast = plain and every == 1
+        self._owned: set[int] = set()
+
+    @property
+    def strength(self) -> float:
+        """The strength a now."""
+        return _check_strength(self._strength(self.progress))
+
+    def penalty(self) -> Tensor:
+        """The penalty now, through autograd: the function `penalty` with this structure's w*.
+
+        Slow and obvious, it is what the fast path is tested against. A loop that adds it to its
+        loss calls `advance()` after each step, in place of `attach(optimizer)`.
+        """
+        parameters = [*self.parameters.values()]
+        scale = self.strength, self.weight_decay
+        return penalty(parameters, self.sparsity, *scale, select=lambda *_: self._selected_masks())
+
+    def advance(self) -> None:
+        """Count an optimizer step."""
+        self.step += 1
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Hook an optimizer: from now on each of its steps applies the penalty.
+
+        It acts once a step, after gradients are accumulated, unscaled and clipped; a step that a
+        GradScaler skips does not count. A weight that another optimizer steps is left alone.
+
+        Raises TypeError for what is no optimizer, and for one that evaluates the loss several times
+        a step (LBFGS), takes sparse gradients only or has sharded parameters; ValueError if it has
+        none of the prunable parameters, if the penalty is attached already and, at the first step,
+        if a fused optimizer is left to unscale its gradients itself.
+        """
+        super().attach(optimizer)
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        hooks.require_hookable(optimizer, self.update)
+        self._owned = hooks.owned_by(optimizer)
+        if not any(id(parameter) in self._owned for parameter in self.parameters.values()):
+            raise ValueError(
+                f"the {type(optimizer).__name__} has none of the {len(self.parameters)} prunable "
+                f"parameters of {type(self.model).__name__}; build it from model.parameters() "
+                "(FSDP and DeepSpeed put others in their place: use DistributedDataParallel)"
+            )
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._owned = hooks.owned_by(optimizer)  # parameter groups may be added between steps
+        if self.masks or self.update != "gradient":
+            return None
+        hooks.require_unscaled(optimizer)
+        return hooks.after_backward(args, kwargs, self._add_gradients, self.remedy)
+
+    @torch.no_grad()
+    def _add_gradients(self) -> None:
+        scale = self.strength * self.weight_decay
+        for parameter, selected in self._selected_weights():
+            add_(_gradient(parameter), parameter, selected, scale)
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer) -> None:
+        if self.masks:  # momentum and decay must not revive what was pruned
+            apply_(self.model, self.masks)
+        elif self.update == "proximal":
+            rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+            scale = self.strength * self.weight_decay
+            for parameter, selected in self._selected_weights():
+                divide_(parameter, selected, 1.0 + rates[id(parameter)] * scale)
+        self.advance()
+
+    def _selected_weights(self) -> list[tuple[nn.Parameter, Selected]]:
+        """w* of each parameter that the optimizer steps, found in the fastest way there is."""
+        selected = self._selected_fast() or self._selected_masks()
+        pairs = zip(self.parameters.values(), selected, strict=True)
+        return [(p, s) for p, s in pairs if p.requires_grad and id(p) in self._owned]
+
+    def _selected_masks(self) -> list[Tensor]:
+        """w* for any structure and criterion: a bool tensor for each parameter."""
+        return [*removed_weights(self.groups, self.selected()).values()]
+
+    def _selected_fast(self) -> Sequence[Selected] | None:
+        """w* of single weights by magnitude, without making masks; None where that cannot be."""
+        parameters = [*self.parameters.values()]
+        count = round(self.sparsity * self.prunable)
+        if not (self._is_fast and count and are_alike(parameters)):
+            return None
+        if parameters[0].is_cuda:
+            return lowest_on_gpu(parameters, count)
+        lowest = self._threshold.find(parameters, count)
+        if lowest is None:  # the general way finds and names the weight that is not finite
+            return None
+        return [lowest.selected(i, parameter) for i, parameter in enumerate(parameters)]
+
+    def prune(self) -> Masks:
+        """Set w* to zero at the final sparsity and return the masks, True where a weight stays.
+
+        Weights stay zero through later steps of an attached optimizer; the penalty then rests. A
+        criterion that reads gradients, such as saliency, finds the penalty in those of the last
+        step: call `zero_grad()` and `backward()` once more before.
+        """
+        self.masks = select(self.groups, self._sparsity(1.0), self.criterion, self.allocation)
+        apply_(self.model, self.masks)
+        return self.masks
+
+    def report(self) -> dict[str, float]:
+        """What a record keeps of the penalty now: its strength, and what its base reports."""
+        return {"strength": self.strength, **super().report()}
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """The parameter's gradient, made or made dense if need be."""
+    if parameter.grad is None:  # the penalty alone gives a gradient, as in autograd
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.is_sparse:  # of nn.Embedding(sparse=True)
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
+
+
+def _check_strength(strength: float) -> float:
+    return check_not_negative("strength", strength)

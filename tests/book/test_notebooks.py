@@ -1,0 +1,429 @@
+"""Parameters of notebooks, and the notebooks rerun with other ones."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import nbformat
+import papermill
+import pytest
+from jupyter_client.provisioning.factory import KernelProvisionerFactory
+from matplotlib.axes import Axes
+from papermill.exceptions import PapermillExecutionError
+
+from book import kernels
+from book.build import BOOK, INSTALLS, notebook_names
+from book.reruns import SETTINGS, parameter_table
+from swdlib.lab.notebooks import check_parameters, figure_csv
+from swdlib.runs.config import Config
+
+OWN = "# None: as before.\nsparsity: float = 0.9  # removed\nepochs: int = None\n"
+NAMES = notebook_names(BOOK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def copied_kernels() -> Iterator[None]:
+    """Let kernels begin as copies, which saves each of them the import of its libraries."""
+    factory = KernelProvisionerFactory.instance()
+    with pytest.MonkeyPatch.context() as restored:
+        restored.setattr(factory, "default_provisioner_name", factory.default_provisioner_name)
+        restored.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        kernels.share_imports()
+        yield
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        ["", OWN, "from swdlib.lab.notebooks import check_parameters"],
+        ["", OWN, "# Parameters\nsparsity = 0.5\nepochs = 3\n"],
+        ["", OWN, "# Parameters\nepochs = 3\n", "seed = 1"],
+        ["", "# Parameters\nseed = 1"],
+    ],
+)
+def test_known_parameters_pass(history: list[str]) -> None:
+    check_parameters({"In": history, "seed": 1, "sparsity": 0.5, "epochs": 3})
+
+
+def test_unknown_parameter_is_named_with_those_there_are() -> None:
+    given = "# Parameters\nsparsty = 0.5\nepochs = 3\n"
+    message = "no parameter sparsty; its parameters are epochs, sparsity"
+    with pytest.raises(ValueError, match=message):
+        check_parameters({"In": ["", OWN, given, "anything"]})
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "told"),
+    [
+        ("points: float = 1.0", "'one'", "points must be of type float, not 'one'"),
+        ("epochs: int = 3", "2.5", "epochs must be of type int, not 2.5"),
+        ("epochs: int = 3", "True", "epochs must be of type int, not True"),
+        ("fast: bool = True", "1", "fast must be of type bool, not 1"),
+        ("levels: list = [0.8]", "0.9", "levels must be a list of numbers, not 0.9"),
+        ("levels: list = [0.8]", "['0.9']", r"levels must be a list of numbers, not \['0.9'\]"),
+        ("points: float = 1.0", "2", ""),
+        ("epochs: int = None", "'many'", ""),  # what None stands for knows its type
+    ],
+)
+def test_parameter_of_another_type_is_refused(own: str, given: str, told: str) -> None:
+    name = own.partition(":")[0]
+    namespace = {"In": ["", own, f"# Parameters\n{name} = {given}\n"], name: eval(given)}
+    with pytest.raises(ValueError, match=told) if told else nullcontext():
+        check_parameters(namespace)
+
+
+def cells(name: str) -> list[Any]:
+    """Return the code cells of a stored notebook, that for Colab aside."""
+    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    own = (cell for cell in notebook.cells if INSTALLS not in cell.metadata.get("tags", []))
+    return [cell for cell in own if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_come_first_and_are_checked_before_any_work(name: str) -> None:
+    first, second = cells(name)[:2]
+    assert first.metadata.get("tags") == ["parameters"]
+    assert "check_parameters(globals())" in second.source and "Config(" in second.source
+    assert all(type_ != "None" for type_ in types_of(name).values())
+
+
+def types_of(name: str) -> dict[str, str]:
+    """Return the parameters of a notebook with their types, as papermill infers them."""
+    found = papermill.inspect_notebook(str(BOOK / f"{name}.ipynb"))
+    return {parameter: about["inferred_type_name"] for parameter, about in found.items()}
+
+
+def test_parameters_of_the_experiment() -> None:
+    assert types_of("swd-on-cifar10") == {
+        **dict.fromkeys(("profile", "dataset", "data_root", "recipe", "records"), "str"),
+        **dict.fromkeys(("epochs", "width", "seed"), "int"),
+        **dict.fromkeys(("sparsity", "a_min", "a_max"), "float"),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_has_alternative_text_and_suits_both_modes(name: str) -> None:
+    figures = [c for c in cells(name) if re.search(r"^(plots|plt)\.", c.source, re.MULTILINE)]
+    assert figures
+    for cell in figures:
+        image = cell.metadata.get("mystnb", {}).get("image", {})
+        assert len(image.get("alt", "").split()) > 8, cell.source
+        assert image.get("classes") == "dark-light", cell.source  # not whitened in dark mode
+        assert cell.source.count("plots.") == 1, "one alternative text is for one figure"
+
+
+def rerun(name: str, folder: Path, **parameters: Any) -> list[Any]:
+    """Run a notebook from a folder that is not the book's; return its cells, outputs and all."""
+    papermill.execute_notebook(
+        str(BOOK / f"{name}.ipynb"),
+        str(folder / "out.ipynb"),
+        parameters=parameters,
+        cwd=str(folder),
+        progress_bar=False,
+    )
+    return ran(folder)
+
+
+def ran(folder: Path) -> list[Any]:
+    """Return the code cells that were run."""
+    notebook = nbformat.read(folder / "out.ipynb", as_version=4)
+    return [cell for cell in notebook.cells if cell.get("execution_count")]
+
+
+def printed(cells: list[Any]) -> str:
+    """Return what cells printed, without warnings and progress."""
+    outputs = [output for cell in cells for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"recipe": "dense", "epochs": 2, "width": 4}, "dense on digits: cnn of width 4, 2 epochs"),
+    ({"recipe": "han2015", "epochs": 2, "sparsity": 0.5}, "han2015 on digits: cnn of width 16"),
+    ({"a_max": 1e3, "epochs": 2, "seed": 7}, "swd on digits: cnn of width 16, 2 epochs, seed 7"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parameters", "expected"), EXPERIMENTS)
+def test_experiment_runs_with_other_parameters_from_any_folder(
+    parameters: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    found = rerun("swd-on-cifar10", tmp_path, records=str(tmp_path / "records"), **parameters)
+    assert expected in printed(found)
+    assert list((tmp_path / "records" / "smoke").glob("digits-*.json"))
+
+
+RERUNS: list[tuple[str, dict[str, Any], str]] = [
+    ("what-is-pruning", {"seed": 1, "epochs": 2}, "test images are classified correctly"),
+    (
+        "swd-from-scratch",
+        {"epochs": 2, "sparsity": 0.5, "a_max": 1e3},
+        "The losses of all 46 steps are the same",
+    ),
+    (
+        "lagrangian-smoothing",
+        {"seed": 3, "epochs": 3, "sparsity": 0.3, "a_max": 1e4},
+        "Loss at the end of the path: 0.233",
+    ),
+    (
+        "schedules",
+        {"seed": 5, "epochs": 2, "width": 8, "sparsity": 0.8, "a_max": 1e3},
+        "287 held-out images; 3 seeds",
+    ),
+    (
+        "what-goes-wrong",
+        {"seed": 4, "epochs": 3, "width": 16},
+        "select(..., 0.5): 5 of 10 removed",
+    ),
+    (
+        "magnitude-and-its-cliff",
+        {"seed": 2, "sparsity": 0.5, "epochs": 2, "finetune_epochs": 1, "width": 4},
+        "on 287 held-out images; 1 epochs of tuning",
+    ),
+    (
+        "where-zeros-come-from",
+        {"seed": 2, "epochs": 2, "width": 8, "sparsity": 0.5},
+        "on 287 held-out images; the cut takes 50%",
+    ),
+    (
+        "what-moves",
+        {"seed": 2, "epochs": 4, "width": 16, "sparsity": 0.8},
+        "1,440 weights, of which 1,152 are selected; 18 steps an epoch",
+    ),
+    (
+        "what-matters",
+        {"seed": 2, "epochs": 2, "a_min": 10.0, "a_max": 1e3, "update": "gradient"},
+        "push 3, largest step 0.01",
+    ),
+    (
+        "baselines-side-by-side",
+        {
+            **{"seed": 2, "sparsity": 0.5, "seeds": 2, "epochs": 3},
+            **{"finetune_epochs": 2, "iterations": 2, "width": 8},
+        },
+        "on 287 held-out images, 2 seeds, 3 epochs",
+    ),
+    (
+        "what-swd-costs",
+        {"seed": 2, "epochs": 2, "width": 16, "sparsity": 0.8, "a_max": 10.0, "number": 50_000},
+        "1,440 weights, 36 steps; 1,152 weights lie up to the threshold",
+    ),
+    (
+        "swd-on-filters",
+        {"seed": 2, "epochs": 2, "width": 8, "sparsity": 0.5},
+        "6,274 parameters in all; measured on 287 held-out images",
+    ),
+    (
+        "any-structure",
+        {"seed": 2, "epochs": 2, "width": 8, "sparsity": 0.3, "levels": [0.4]},
+        "12 bundles of filters in 21 convolutions",
+    ),
+    (
+        "any-network",
+        {"seed": 2, "sparsity": 0.5, "epochs": 1, "width": 16, "head_sparsity": 0.05},
+        "Bits per letter, 50% of the weights removed",
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "parameters", "expected"), RERUNS)
+def test_page_runs_with_other_parameters(
+    name: str, parameters: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    assert expected in printed(rerun(name, tmp_path, **parameters))
+
+
+@pytest.mark.slow
+def test_lab_finds_what_is_missing_and_its_solution_passes(tmp_path: Path) -> None:
+    found = rerun("prune-your-own", tmp_path)
+    as_it_stands, at_once, solved = (
+        re.findall(r"^([✓✗]) (\w+)", printed([cell]), re.MULTILINE)
+        for cell in found
+        if re.search(r"^hand_in\(", cell.source, re.MULTILINE)
+    )
+    assert [name for sign, name in as_it_stands if sign == "✗"] == ["masks"]
+    assert [name for sign, name in at_once if sign == "✗"] == ["accuracy"]
+    assert {sign for sign, _ in solved} == {"✓"} and len(solved) == 6
+
+
+@pytest.mark.slow
+def test_a_trained_network_is_measured_anew(imagenet_folder: Path, tmp_path: Path) -> None:
+    few = {"images": 8, "filter_shares": [0.05], "weight_shares": [0.3], "rounds": 1}
+    small = {"epochs": 2, "width": 16, "sparsity": 0.5}
+    places = {"data_root": str(imagenet_folder), "measured": "new.json"}
+    found = rerun("smaller-networks", tmp_path, **small, **few, **places)
+    assert "on a sample of 8 images" in printed(found)
+    measured = json.loads((tmp_path / "new.json").read_text("utf-8"))
+    assert len(measured["cuts"]) == 4
+    assert measured["provenance"]["dataset"]["test_images"] == 8
+
+
+@pytest.mark.slow
+def test_imagenet_runs_on_real_images(imagenet_folder: Path, tmp_path: Path) -> None:
+    few = {"seed": 1, "epochs": 2, "images": 20, "batch_size": 8, "sparsity": 0.5}
+    found = printed(rerun("imagenet", tmp_path, data_root=str(imagenet_folder), **few))
+    assert "1,000 training images in 1,000 classes, from one folder of images" in found
+    assert "used here: 15 to train and 5 to measure on" in found
+    assert "stopped after 2 of 4 steps" in found and "all weights equal" in found
+
+
+def solutions(name: str) -> list[str]:
+    """Return the Python code of a notebook's folded solutions."""
+    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if solutions(name)])
+def test_solutions_run_at_the_end_of_their_page(name: str, tmp_path: Path) -> None:
+    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in solutions(name)]
+    nbformat.write(notebook, tmp_path / "solved.ipynb")
+    papermill.execute_notebook(
+        str(tmp_path / "solved.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        parameters={"epochs": 4},
+        cwd=str(tmp_path),
+        progress_bar=False,
+    )
+    assert [cell.source for cell in ran(tmp_path)][-len(solutions(name)) :] == solutions(name)
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("swd-on-cifar10", {"sparsity": 1.5}, r"sparsity must be in \[0, 1\), not 1\.5"),
+    ("swd-on-cifar10", {"recipe": "foo"}, "recipe must be one of dense, swd, .*, not 'foo'"),
+    ("swd-on-cifar10", {"epochs": 0}, "epochs must be at least 1, not 0"),
+    ("swd-on-cifar10", {"epochs": "many"}, "epochs must be of type int, not 'many'"),
+    ("swd-on-cifar10", {"profile": "huge"}, "profile must be one of .*, not 'huge'"),
+    ("swd-on-cifar10", {"sparsty": 0.5}, "no parameter sparsty"),
+    ("swd-from-scratch", {"a_min": -1.0}, r"a_min must be above 0, not -1\.0"),
+    ("what-is-pruning", {"epoch": 3}, "no parameter epoch"),
+    ("lagrangian-smoothing", {"sparsity": -0.1}, r"sparsity must be in \[0, 1\), not -0\.1"),
+    ("schedules", {"width": 0}, "width must be at least 1, not 0"),
+    ("magnitude-and-its-cliff", {"finetune_epochs": 8}, "finetune_epochs must be at least .*not 8"),
+    ("where-zeros-come-from", {"weight_decay": -1.0}, r"weight_decay must be 0 or more, not -1\.0"),
+    ("what-moves", {"sparsity": 1.0}, r"sparsity must be in \[0, 1\), not 1\.0"),
+    ("what-matters", {"a_min": 0.0}, r"a_min must be above 0, not 0\.0"),
+    ("baselines-side-by-side", {"seeds": 1}, "seeds must be at least 2, to show a spread, not 1"),
+    ("what-swd-costs", {"number": 10}, "number must be at least 1000, not 10"),
+    ("swd-on-filters", {"sparsity": 1.0}, r"sparsity must be in \[0, 1\), not 1\.0"),
+    ("any-structure", {"levels": [0.5, 1.0]}, r"must be in \[0, 1\), not 1\.0"),
+    ("any-network", {"width": 20}, "width must be a multiple of 8, the number of heads, not 20"),
+    ("prune-your-own", {"filter_sparsity": -0.1}, r"sparsity .* must be in \[0, 1\), not -0\.1"),
+    ("imagenet", {"images": 3}, "images must be at least 16, not 3"),
+    ("imagenet", {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+    ("scale-out", {"epochs": 3}, "epochs must be at least 4, so that a run is long enough, not 3"),
+    ("smaller-networks", {"sparsity": 1.0}, r"sparsity must be in \[0, 1\), not 1\.0"),
+    ("smaller-networks", {"images": 0}, "images must be at least 1, not 0"),
+]
+
+
+def library_takes(name: str, value: Any) -> bool:
+    """Return whether a parameter is none of the library's, or this value of it is allowed there."""
+    try:
+        Config(**{name: value} if name in SETTINGS else {})
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("name", "parameters", "message"), WRONG)
+def test_page_says_what_is_allowed_of_a_parameter_that_it_refuses(
+    name: str, parameters: dict[str, Any], message: str
+) -> None:
+    known = papermill.inspect_notebook(str(BOOK / f"{name}.ipynb"))
+    shown = {row.split("`")[1]: row.split(" | ") for row in parameter_table(known).splitlines()[2:]}
+    if "of type" in message or "list of" in message:  # as the column of types says
+        return
+    for parameter in set(parameters) & set(known):
+        assert shown[parameter][-1] != "– |"
+        own = "; allowed: " in known[parameter]["help"]
+        assert own or not library_takes(parameter, parameters[parameter])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_page_without_fine_tuning_does_not_speak_of_it(name: str) -> None:
+    told = parameter_table(papermill.inspect_notebook(str(BOOK / f"{name}.ipynb")))
+    tuned = any("finetune" in cell.source for cell in cells(name))
+    assert tuned or "fine-tuning" not in told
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Passed unknown parameter")
+@pytest.mark.parametrize(("name", "parameters", "message"), WRONG)
+def test_wrong_parameter_stops_before_any_work(
+    name: str, parameters: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PapermillExecutionError, match=message):
+        rerun(name, tmp_path, **parameters)
+    assert "check_parameters" in ran(tmp_path)[-1].source
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.ipynb"]
+
+
+# What pages show of figures
+
+
+@pytest.fixture
+def ax() -> Iterator[Axes]:
+    """Return empty Axes with names."""
+    figure, axes = plt.subplots()
+    axes.set(xlabel="step", ylabel="loss")
+    yield axes
+    plt.close(figure)
+
+
+def test_numbers_of_lines_points_and_bars_are_kept(ax: Axes) -> None:
+    ax.plot([1, 2], [0.5, 0.25], label="a")
+    ax.axhline(0.0)  # across the picture: no data
+    ax.scatter([3], [0.125], label="b, c")
+    ax.bar([4], [2.0], width=1.0)
+    ax.stairs([7, 8], [0, 1, 2], label="d")
+    assert figure_csv(ax.figure) == (
+        'series,step,loss\na,1,0.5\na,2,0.25\n,4.0,2.0\nd,0,7\nd,1,8\n"b, c",3.0,0.125\n'
+    )
+
+
+def test_name_of_its_own_goes_before_the_label(ax: Axes) -> None:
+    ax.plot([1], [2], gid="cut")
+    ax.plot([3], [4], label="b", gid="b of swd")
+    ax.plot([5], [6])
+    assert figure_csv(ax.figure) == "series,step,loss\ncut,1,2\nb of swd,3,4\n,5,6\n"
+
+
+@pytest.mark.parametrize(
+    ("labels", "header"),
+    [
+        (("", ""), "series,row,column,value"),
+        (("outputs", "inputs"), "series,outputs,inputs,value"),
+        ((r"weight $w_1$", r"$a_{\max}$ (%)"), "series,weight w_1,a_max (%),value"),
+    ],
+)
+def test_numbers_of_pictures_are_kept(ax: Axes, labels: tuple[str, str], header: str) -> None:
+    ax.set(ylabel=labels[0], xlabel=labels[1])
+    ax.imshow([[1.0, 2.0]])
+    assert figure_csv(ax.figure) == f"{header}\n0,0,0,1.0\n0,0,1,2.0\n"
+
+
+def test_words_beside_numbers_have_no_marks_of_tex(ax: Axes) -> None:
+    ax.set(xlabel="weight $w_1$", ylabel=r"$\|w\|$")
+    ax.plot([1], [2], label=r"$a_{\min} = 3$")
+    assert figure_csv(ax.figure) == "series,weight w_1,|w|\na_min = 3,1,2\n"
+
+
+def test_rows_with_names_go_by_them_only_if_all_have_one(ax: Axes) -> None:
+    ax.plot([1, 2], [0, -1], gid="named")
+    ax.plot([3, 4], [0, -0.5], gid="between")
+    ax.set_yticks([-1, 0], ["low", "high"])
+    assert figure_csv(ax.figure) == (
+        "series,step,loss\nnamed,1,high\nnamed,2,low\nbetween,3,0.0\nbetween,4,-0.5\n"
+    )
+
+
+def test_figure_without_numbers_is_empty(ax: Axes) -> None:
+    assert figure_csv(ax.figure) == ""

@@ -1,0 +1,247 @@
+"""Audits: a sound record passes; each kind of tampering is found."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from swdlib import cli
+from swdlib.data.load import load_data
+from swdlib.deploy.stored import load_sparse, save_sparse
+from swdlib.runs import check as audits
+from swdlib.runs import check as history
+from swdlib.runs import records
+from swdlib.runs.check import Audit, Commit, audit, audit_all
+from swdlib.runs.config import Config, build
+from swdlib.runs.run import run
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = Config(epochs=2, width=4, sparsity=0.5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with one record and its network."""
+    folder = tmp_path_factory.mktemp("made")
+    run(CONFIG, folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """Return a copy of that folder, to be tampered with."""
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+def record_in(folder: Path) -> Path:
+    return records.path_of(CONFIG.settings(), folder)
+
+
+def tampered(folder: Path, change: Callable[[dict[str, Any]], object]) -> Audit:
+    path = record_in(folder)
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), "utf-8")
+    [found] = audit_all(folder)
+    return found
+
+
+def test_a_record_just_made_is_sound(made: Path) -> None:
+    [found] = audit_all(made)
+    assert found.problems == []
+    assert (found.code, found.data, found.figures) == ("current", *["computed again"] * 2)
+    assert str(found).startswith(f"sound  {record_in(made).stem}  code: current  data: computed")
+
+
+@pytest.mark.parametrize("structure", ["filters", "weights"])
+@pytest.mark.parametrize("recipe", ["dense", "han2015"])
+def test_other_methods_and_structures_are_sound(
+    recipe: str, structure: str, tmp_path: Path
+) -> None:
+    config = Config(epochs=2, finetune_epochs=1, width=4, recipe=recipe, structure=structure)
+    run(config, tmp_path, progress=False)
+    [found] = audit_all(tmp_path)
+    assert found.problems == []
+
+
+def test_held_out_images_and_divergence_are_sound(tmp_path: Path) -> None:
+    run(Config(epochs=1, width=4, holdout=0.3), tmp_path, progress=False)
+    run(Config(epochs=1, width=4, lr=1e20), tmp_path, progress=False)
+    found = list(audit_all(tmp_path))
+    assert [one.problems for one in found] == [[], []]
+    assert sorted(one.figures for one in found) == ["-", "computed again"]
+
+
+def set_row(number: int, **values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content["rows"][number].update(values)
+
+
+TAMPERING: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "configuration": (lambda c: c["config"].update(seed=3), "has been changed"),
+    "status": (lambda c: c.update(status="best"), "finished or diverged, not 'best'"),
+    "no rows": (lambda c: c.update(rows=[]), "has no rows"),
+    "an epoch left out": (lambda c: c["rows"].pop(0), "epochs must be 1 to 2, not [2]"),
+    "the cut left out": (lambda c: c["rows"].pop(), "sparsity is 0.0, not 0.5"),
+    "order": (lambda c: c["rows"].reverse(), "epoch must rise"),
+    "twice": (lambda c: c["rows"].insert(0, c["rows"][0]), "step must rise"),
+    "accuracy": (set_row(0, top1=101.0), "row 0: a loss, accuracy or sparsity is out of range"),
+    "infinity": (set_row(1, loss=float("inf")), "row 1: a loss, accuracy"),
+    "sparsity": (set_row(-1, sparsity=0.6), "sparsity is 0.6, not 0.5"),
+    "parameters": (set_row(0, parameters=100), "removed is no sparsity of 0.0"),
+    "weights": (set_row(0, weights={"zeros": 0, "counts": [1]}), "row 0: weights must count"),
+    "a column": (lambda c: c["rows"][0].pop("loss"), "KeyError('loss')"),
+    "rows of another kind": (lambda c: c.update(rows=[1, 2]), "cannot be read"),
+    "code": (lambda c: c["provenance"]["code"].update(digest="123"), "code, 123, is that of no"),
+    "no provenance": (lambda c: c.update(provenance={}), "KeyError('code')"),
+    "data": (
+        lambda c: c["provenance"]["dataset"].update(fingerprint="f00"),
+        "fingerprint f00 is not of digits with 0 held out",
+    ),
+    "loss": (set_row(-1, loss=0.1), "loss is"),
+    "top1": (set_row(-1, top1=0.5), "top1 is"),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERING)
+def test_tampering_is_found(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, message = TAMPERING[kind]
+    monkeypatch.setattr(history, "commits", lambda: (Commit("abc", "2026-01-02", "d"),))
+    found = tampered(folder, change)
+    assert any(message in problem for problem in found.problems), found.problems
+    assert str(found).startswith("WRONG")
+
+
+def test_figures_are_computed_again_in_the_arithmetic_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audits, "TOLERANCE", {"bf16": (1e-5, 0.01)})
+    run(dataclasses.replace(CONFIG, precision="bf16"), tmp_path, progress=False)
+    [found] = audit_all(tmp_path)
+    assert (found.figures, found.problems) == ("computed again", [])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"rows"', '{"config": {}, "rows": []}'])
+def test_what_is_no_record_is_found(text: str, folder: Path) -> None:
+    record_in(folder).write_text(text, "utf-8")
+    [found] = audit_all(folder)
+    assert found.problems
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"config": ' * 100_000])
+def test_one_record_does_not_stop_the_audit_of_others(text: str, folder: Path) -> None:
+    other = record_in(folder).with_name("other.json")
+    other.write_text(text, "utf-8")
+    first, second = audit_all(folder)
+    assert first.problems == [] and second.problems
+
+
+def test_a_network_of_impossible_size_is_found(folder: Path) -> None:
+    assert tampered(folder, lambda content: content["config"].update(width=10**12)).problems
+
+
+def test_a_record_that_was_moved_is_found(folder: Path) -> None:
+    path = record_in(folder)
+    path.rename(path.with_name(f"better-{path.name}"))
+    [found] = audit_all(folder)
+    assert "it belongs at" in found.problems[0]
+
+
+def test_older_code_is_told_and_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "commits", lambda: (Commit("abcdef0123", "2026-01-02", "d"),))
+    found = tampered(folder, lambda c: c["provenance"]["code"].update(digest="d"))
+    assert (found.code, found.problems) == ("older, commit abcdef0 of 2026-01-02", [])
+
+
+def test_another_network_beside_the_record_is_found(folder: Path) -> None:
+    path = record_in(folder).with_suffix(".safetensors")
+    config = Config(**json.loads(record_in(folder).read_text("utf-8"))["config"])
+    network = build(config, load_data("digits"))
+    masks = load_sparse(network, path)
+    name, mask = next((name, mask) for name, mask in masks.items() if not mask.all())
+    place = tuple((~mask).nonzero()[0])
+    with torch.no_grad():
+        network.get_parameter(name)[place] = 1e-20  # one weight too many
+    mask[place] = True
+    save_sparse(network, masks, path)
+    [found] = audit_all(folder)
+    [problem] = found.problems
+    assert "weights are zero, not" in problem
+    for damage in (b"", path.read_bytes()[:-9]):
+        path.write_bytes(damage)
+        [found] = audit_all(folder)
+        assert "does not hold its network" in found.problems[0]
+    save_file({"weight": torch.zeros(1)}, path)
+    [found] = audit_all(folder)
+    assert "does not hold its network" in found.problems[0]
+
+
+def test_without_the_network_figures_are_not_computed_again(folder: Path) -> None:
+    record_in(folder).with_suffix(".safetensors").unlink()
+    [found] = audit_all(folder)
+    assert (found.figures, found.problems) == ("-", [])
+
+
+def test_known_fingerprints_are_those_of_the_data(cifar10_folder: Path) -> None:
+    from swdlib.runs.check import FINGERPRINTS
+
+    roots = {"digits": None, "cifar10": cifar10_folder}
+    for fingerprint, (name, holdout) in FINGERPRINTS.items():
+        assert load_data(name, roots[name], holdout=holdout).fingerprint == fingerprint
+
+
+def test_the_command_tells_all_and_fails_if_something_is_wrong(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["check", str(folder)])
+    assert "sound" in capsys.readouterr().out
+    record_in(folder).write_text("", "utf-8")
+    with pytest.raises(SystemExit, match=r"1 of 1 records in .* are wrong"):
+        cli.main(["check", str(folder)])
+    assert "is no readable record" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no record in"):
+        cli.main(["check", str(folder / "empty")])
+
+
+def test_the_records_of_the_book_are_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left_out = shutil.ignore_patterns("checkpoints", "*.safetensors")
+    for part in ("laptop", "ablations"):
+        folder = Path("book", "records", part)
+        shutil.copytree(ROOT / folder, tmp_path / "records" / part, ignore=left_out)
+    cli.main(["check", str(tmp_path / "records")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list((tmp_path / "records").rglob("*.json")))
+    assert all(line.startswith("sound  ") for line in lines)
+
+
+@pytest.mark.slow
+def test_a_network_of_the_book_measures_as_its_record_says(
+    cifar10_folder: Path, tmp_path: Path
+) -> None:
+    # One in fp32: processors without bf16 would take minutes.
+    config = Config(
+        profile="laptop",
+        recipe="renda2020",
+        structure="filters",
+        criterion="batch_norm_scale",
+        sparsity=0.9,
+        finetune_epochs=5,
+        lr=0.2,
+    )
+    path = records.path_of(config.settings(), ROOT / "book" / "records")
+    (tmp_path / "laptop").mkdir()
+    for file in (path, path.with_suffix(".safetensors")):
+        shutil.copy(file, tmp_path / "laptop")
+    [found] = audit_all(tmp_path, cifar10_folder)
+    assert (found.data, found.figures, found.problems) == (*["computed again"] * 2, [])
+
+
+def test_a_record_can_be_audited_alone(made: Path) -> None:
+    assert audit(record_in(made)).problems == []

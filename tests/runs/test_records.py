@@ -1,0 +1,160 @@
+"""Records: addresses, files that are whole, and the tidy table."""
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from swdlib.runs import records
+from swdlib.runs.records import Record, load_records
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    settings = {
+        "profile": "laptop",
+        "dataset": "digits",
+        "data_root": None,
+        "device": "cpu",
+        "model": "cnn",
+        "recipe": "swd",
+        "sparsity": 0.9,
+        "lr": 0.1,
+        "seed": 0,
+    }
+    return {**settings, **changes}
+
+
+def record(**changes: Any) -> Record:
+    rows = [
+        {"kind": "train", "epoch": 1, "top1": 50.0, "loss": 1.0, "sparsity": 0.0, "lr": 0.05},
+        {"kind": "prune", "epoch": 1, "top1": 40.0, "loss": 2.0, "sparsity": 0.9, "parameters": 7},
+    ]
+    return Record(config(**changes), rows, {"dataset": {"source": "scikit-learn"}})
+
+
+def test_the_address_depends_on_what_is_run_and_not_on_where() -> None:
+    first = records.address(config())
+    assert first == records.address(dict(reversed(config().items())))
+    assert first == records.address(config(data_root="/elsewhere", device="cuda", tracker="wandb"))
+    # A setting that is not used may as well not be there.
+    assert first == records.address(config(ramp_begin=None))
+    others = [config(seed=1), config(sparsity=0.95), config(lr=0.2), config(recipe="dense")]
+    assert len({first, *(records.address(other) for other in others)}) == 5
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = records.save(record(), tmp_path)
+    assert records.load(path) == record()
+    assert path.parent == tmp_path / "laptop"
+    assert path.name == f"digits-cnn-swd-0.9-{records.address(config())}.json"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_record_without_rows_is_readable_json(tmp_path: Path) -> None:
+    diverged = dataclasses.replace(record(), rows=[], status="diverged")
+    assert records.load(records.save(diverged, tmp_path)) == diverged
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"config": {}, "rows": [], "x": 1}'])
+def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
+    path = records.save(record(), tmp_path)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=path.name):
+        records.load(path)
+
+
+def test_a_record_whose_configuration_was_edited_is_refused(tmp_path: Path) -> None:
+    path = records.save(record(), tmp_path)
+    content = json.loads(path.read_text("utf-8"))
+    content["config"]["seed"] = 7
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"address {records.address(config(seed=7))}"):
+        records.load(path)
+
+
+def test_numbers_that_json_lacks_have_no_address() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        records.address(config(lr=float("nan")))
+
+
+def test_the_table_has_a_row_for_each_row(tmp_path: Path) -> None:
+    records.save(record(), tmp_path)
+    records.save(record(recipe="dense", sparsity=0.0), tmp_path)
+    records.save(dataclasses.replace(record(seed=3), rows=[], status="diverged"), tmp_path)
+    table = load_records(tmp_path)
+    assert len(table) == 2 + 2 + 1
+    assert table["run"].nunique() == 3
+    swd = table[(table["recipe"] == "swd") & (table["seed"] == 0)]
+    assert swd["target_sparsity"].tolist() == [0.9, 0.9]
+    assert swd["sparsity"].tolist() == [0.0, 0.9]
+    assert swd["peak_lr"].tolist() == [0.1, 0.1]
+    assert swd["data_source"].tolist() == ["scikit-learn"] * 2
+    assert table[table["status"] == "diverged"]["top1"].isna().all()
+
+
+def test_an_empty_folder_is_an_empty_table(tmp_path: Path) -> None:
+    assert load_records(tmp_path).empty
+
+
+def test_the_summary_says_how_the_run_ended() -> None:
+    line = "Top-1 40.00 %, loss 2.0000, 7 parameters kept, 90.00 % of the prunable weights removed"
+    assert record().summary() == line
+    lost = Record(config(), [], {"error": "fc.weight holds NaN"}, "diverged")
+    assert lost.summary() == "diverged: fc.weight holds NaN"
+
+
+def test_the_committed_records_are_sound() -> None:
+    """Every record of the book can be read and lies at its address."""
+    folder = Path(__file__).resolve().parents[2] / "book" / "records"
+    paths = [path for path in folder.rglob("*.json") if path.parent != folder / "smoke"]
+    assert paths
+    for path in paths:
+        found = records.load(path)
+        assert path == records.path_of(found.config, path.parent.parent)
+        assert (
+            found.config["data_root"] is None or not Path(found.config["data_root"]).is_absolute()
+        )
+        assert found.provenance["dataset"]["fingerprint"]
+        assert found.status in ("finished", "diverged")
+
+
+def test_the_figures_of_the_readme_are_on_record() -> None:
+    """Each number of its tables is a mean over the seeds; "anew" is with new statistics."""
+    root = Path(__file__).resolve().parents[2]
+    found = defaultdict(list)
+    for path in (root / "book" / "records" / "laptop").glob("*.json"):
+        if (record := records.load(path)).status != "finished":
+            continue
+        config, final = record.config, record.final
+        structure = "filters" if config["structure"] == "filters" else "weights"
+        usual = config["precision"] == "bf16" and not config["holdout"]
+        if structure == "weights":
+            usual &= config["lr"] == 0.4 and config["a_min"] in (None, 0.1, 1.0)
+        if usual:
+            for name in {"top1", "renewed_top1"} & final.keys():
+                level = f"{100 * config['sparsity']:g} %"
+                cuts = config["iterations"] or 1
+                found[structure, config["recipe"], cuts, level, name].append(final[name])
+    lines = (root / "README.md").read_text("utf-8").splitlines()
+    rows = [line.split("|")[1:-1] for line in lines if re.match(r"\| (`|weights|filters)", line)]
+    tables: list[list[list[str]]] = []
+    for cells in ([cell.strip() for cell in row] for row in rows):
+        if "`" in cells[0]:
+            tables[-1].append(cells)
+        else:
+            tables.append([cells])
+    assert [(table[0][0], len(table) > 3) for table in tables] == [
+        ("weights", True),
+        ("filters", True),
+    ]
+    for (structure, *levels), *methods in tables:
+        for label, *numbers in methods:
+            name = "renewed_top1" if "anew" in label else "top1"
+            recipe, cuts = label.split("`")[1], 4 if "4 cuts" in label else 1
+            expected = [found[structure, recipe, cuts, level, name] for level in levels]
+            assert numbers == [f"{fmean(runs):.2f}" if runs else "" for runs in expected], label

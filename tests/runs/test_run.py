@@ -1,0 +1,230 @@
+"""Configurations, runs and their records; a killed run ends as an unbroken one."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swdlib.data.images import Dataset, Split
+from swdlib.data.load import load_data
+from swdlib.deploy.stored import load_sparse
+from swdlib.metrics import evaluate
+from swdlib.recipes import RECIPES
+from swdlib.runs import records
+from swdlib.runs import run as experiments
+from swdlib.runs import training as checkpoints
+from swdlib.runs.config import Config, build, options_of, phases_of
+from swdlib.runs.run import run
+from swdlib.runs.training import train
+from swdlib.structures import STRUCTURES
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK: dict[str, Any] = {"epochs": 2, "finetune_epochs": 1, "width": 4}
+
+
+def test_the_seed_draws_the_network() -> None:
+    data = load_data("digits")
+    first, again, other = (build(Config(seed=seed, width=4), data) for seed in (0, 0, 1))
+    pairs = list(zip(first.parameters(), again.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert not all(torch.equal(a, c) for a, _, c in pairs)
+
+
+def quick_config(recipe: str, structure: str) -> Config:
+    network = {"model": "mlp", "width": 16} if structure == "channels" else {}
+    return Config(recipe=recipe, structure=structure, sparsity=0.5, **{**QUICK, **network})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_recipe_makes_a_record(recipe: str, structure: str, tmp_path: Path) -> None:
+    config = quick_config(recipe, structure)
+    if recipe == "liu2017" and "filters" not in structure:  # nothing else has batch-norm scales
+        with pytest.raises(ValueError, match="scale"):
+            run(config, tmp_path, progress=False)
+        return
+    record = run(config, tmp_path, progress=False)
+    assert record.status == "finished"
+    final = record.final
+    assert {"loss", "top1", "top5", "sparsity", "parameters", "weights"} <= final.keys()
+    assert record.provenance["dataset"]["fingerprint"] == load_data("digits").fingerprint
+    assert record.provenance["dataset"]["train_images"] == 1437
+    assert record.provenance["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record.provenance["code"]["digest"] == experiments.code_digest()
+    assert ("renewed_top1" in final) == (config.model == "cnn")  # an mlp has no batch norm
+    if recipe == "dense":
+        assert final["sparsity"] == 0
+    elif structure == "weights":
+        total = sum(final["weights"]["counts"]) + final["weights"]["zeros"]
+        assert final["sparsity"] == pytest.approx(round(0.5 * total) / total, abs=1e-12)
+    else:
+        assert 0.5 <= final["sparsity"] < 0.6  # a filter of a network as small as this is large
+
+
+@pytest.mark.parametrize("structure", ["filters", "filters_and_channels"])
+def test_what_is_left_of_a_shrunk_network_is_measured_again(structure: str, tmp_path: Path) -> None:
+    """The last row is that of the smaller network, which computes what the masked one does."""
+    config = Config(recipe="one_shot", structure=structure, sparsity=0.7, epochs=2)
+    *_, masked, shrunk = run(config, tmp_path, progress=False).rows
+    assert (masked["kind"], shrunk["kind"]) == ("prune", "shrink")
+    same = ("parameters", "sparsity", "top1", "top5", "epoch", "step", "weights")
+    assert [shrunk[name] for name in same] == [masked[name] for name in same]
+    assert shrunk["loss"] == pytest.approx(masked["loss"], rel=1e-5)
+    assert shrunk["macs"] < shrunk["dense_macs"]
+    assert shrunk["latency_ms"] > 0 < shrunk["dense_latency_ms"]
+
+
+def test_a_network_that_stays_as_large_is_not_measured_again(tmp_path: Path) -> None:
+    kinds = [Config(recipe="one_shot", structure=s, **QUICK) for s in ("weights", "kernels")]
+    for config in [*kinds, Config(recipe="dense", structure="filters", **QUICK)]:
+        assert run(config, tmp_path, progress=False).final["kind"] != "shrink"
+
+
+def test_the_trained_network_lies_beside_its_record(tmp_path: Path) -> None:
+    config = Config(sparsity=0.75, **QUICK)
+    record = run(config, tmp_path, progress=False)
+    [path] = tmp_path.rglob("*.safetensors")
+    network = build(config, load_data("digits"))
+    masks = load_sparse(network, path)
+    zeros = sum(int((~mask).sum()) for mask in masks.values())
+    assert zeros == record.final["weights"]["zeros"]
+    assert evaluate(network, load_data("digits"))["top1"] == record.final["top1"]
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_run_on_record_is_not_run_again(tmp_path: Path, monkeypatch: Any) -> None:
+    config = Config(**QUICK)
+    first = run(config, tmp_path, progress=False)
+    monkeypatch.setattr(experiments, "train", None)  # which would fail if it were called
+    assert run(dataclasses.replace(config, device="cpu"), tmp_path) == first
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        run(config, tmp_path, again=True)
+
+
+def test_again_starts_from_the_start_and_other_code_does_not_go_on(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    config = Config(**QUICK)
+    record = run(config, tmp_path / "whole", progress=False)
+    save = checkpoints.save
+
+    def stop(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "options_of", partial(options_of, save_every=10))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "save", stop)
+        run(config, tmp_path, progress=False)
+    monkeypatch.setattr(experiments, "code_digest", lambda: "other")
+    with pytest.raises(ValueError, match=r"checkpoint of another run.* go on as it was begun"):
+        run(config, tmp_path, progress=False)
+    lost = torch.load(next(tmp_path.rglob("*.pt")), weights_only=True)
+    lost["model"] = {name: 0 * tensor for name, tensor in lost["model"].items()}
+    save(next(tmp_path.rglob("*.pt")), {**lost, "run": {**lost["run"], "code": "other"}})
+    rows = run(config, tmp_path, again=True, progress=False).rows
+    assert without_time(rows) == without_time(record.rows)
+
+
+def test_two_runs_of_one_configuration_agree(tmp_path: Path) -> None:
+    config = Config(**QUICK)
+    first, second = (run(config, tmp_path / name, progress=False) for name in "ab")
+    assert without_time(first.rows) == without_time(second.rows)
+
+
+def test_a_diverged_run_is_on_record(tmp_path: Path) -> None:
+    record = run(Config(lr=1e20, **QUICK), tmp_path, progress=False)
+    assert record.status == "diverged"
+    assert "diverged" in record.provenance["error"]
+    [path] = tmp_path.rglob("*.json")
+    assert records.load(path) == record
+
+
+def test_held_out_images_take_the_place_of_the_test_images(tmp_path: Path) -> None:
+    record = run(Config(holdout=0.1, **QUICK), tmp_path, progress=False)
+    counts = record.provenance["dataset"]
+    assert (counts["train_images"], counts["test_images"]) == (1293, 144)
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+KILLED = """
+import sys
+import torch
+from swdlib import Config, run
+torch.set_num_threads(1)
+run(Config(recipe=sys.argv[1], epochs=40, finetune_epochs=20, width=4), sys.argv[2], progress=False)
+"""
+
+
+def start(recipe: str, folder: Path) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, recipe, str(folder)]
+    return subprocess.Popen(command, env=environment, cwd=ROOT)
+
+
+def kill_after_a_checkpoint(recipe: str, folder: Path) -> bool:
+    """Start a run, kill it once it has written a new checkpoint; False if it finished first."""
+    known = {path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    process = start(recipe, folder)
+    while process.poll() is None:
+        if {path.stat().st_mtime_ns for path in folder.rglob("*.pt")} - known:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.002)
+    assert process.returncode == 0
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["swd", "han2015"])
+def test_a_killed_run_ends_as_an_unbroken_one(recipe: str, tmp_path: Path) -> None:
+    assert start(recipe, tmp_path / "whole").wait() == 0
+    killed = 0
+    while kill_after_a_checkpoint(recipe, tmp_path / "killed"):
+        killed += 1
+    assert killed >= 2
+    [whole], [resumed] = ((tmp_path / n).rglob("*.json") for n in ("whole", "killed"))
+    expected, found = (json.loads(path.read_text("utf-8")) for path in (whole, resumed))
+    assert without_time(found["rows"]) == without_time(expected["rows"])
+    assert found["config"] == expected["config"]
+    weights = [load_file(path.with_suffix(".safetensors")) for path in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.fixture(scope="module")
+def some_of_cifar10(cifar10_folder: Path) -> Dataset:
+    """Return every hundredth image of CIFAR-10: 500 to train, 100 to test."""
+    whole = load_data("cifar10", cifar10_folder)
+    train, test = (Split(s.images[::100], s.labels[::100]) for s in (whole.train, whole.test))
+    return dataclasses.replace(whole, train=train, test=test)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_swd_on_cifar10_with_every_structure(structure: str, some_of_cifar10: Dataset) -> None:
+    model, width = ("mlp", 32) if structure == "channels" else ("resnet20", 4)
+    config = Config(
+        profile="laptop", model=model, structure=structure, sparsity=0.5, epochs=2, width=width
+    )
+    network = build(config, some_of_cifar10)
+    example = some_of_cifar10.test.images[:2].float()
+    phases = phases_of(config, example)
+    rows = train(network, some_of_cifar10, phases, **options_of(config, progress=False))
+    assert 0.5 <= rows[-1]["sparsity"] < 0.53  # a filter holds up to two hundredths
+    assert rows[-1]["parameters"] < sum(p.numel() for p in network.parameters())
+    assert rows[-2]["norm_selected"] < rows[0]["norm_selected"]
+    assert {"entered", "left", "selected", "norm_kept"} <= rows[-2].keys()
