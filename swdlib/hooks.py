@@ -177,7 +177,7 @@ class SelectingMethod(Method):
         `norm_selected` is the L2 norm of the weights in selected units, `norm_kept` of the others.
         """
         units = self.selected()
-        moved = _movement(self.groups, units, self._reported) if units else {}
+        moved = movement(self.groups, units, self._reported) if units else {}
         self._reported = [chosen.clone() for chosen in units]
         return {"target": self.sparsity, **moved}
 
@@ -201,14 +201,15 @@ class SelectingMethod(Method):
         if masks and set(masks) != set(self.parameters):
             raise ValueError(f"masks must be of {sorted(self.parameters)}, not of {sorted(masks)}")
         masks = fitted(masks, self.parameters)
-        units, reported = (_fitted_units(self.groups, state[key]) for key in ("units", "reported"))
+        units, reported = (fitted_units(self.groups, state[key]) for key in ("units", "reported"))
         self.step, self.masks, self.units, self._reported = step, masks, units, reported
 
 
 @torch.no_grad()
-def _movement(
+def movement(
     groups: Sequence[Group], units: Sequence[Tensor], before: Sequence[Tensor]
 ) -> dict[str, float]:
+    """Counts of the units `selected`, `entered` and `left` since `before`, and two norms."""
     parameters, gone = parameters_of(groups), removed_weights(groups, units)
     inside = sum(float((p * gone[n]).float().square().sum()) for n, p in parameters.items())
     outside = sum(float((p * ~gone[n]).float().square().sum()) for n, p in parameters.items())
@@ -225,7 +226,7 @@ def _movement(
     }
 
 
-def _fitted_units(groups: Sequence[Group], units: Sequence[Tensor]) -> list[Tensor]:
+def fitted_units(groups: Sequence[Group], units: Sequence[Tensor]) -> list[Tensor]:
     """The units of a state on the devices of their groups, since a checkpoint's are on the CPU."""
     if not units:
         return []

@@ -15,22 +15,100 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
 from swdlib.masks import Masks
 from swdlib.schedules import check_count
 
 
+# Images evaluated at a time: a CPU is half as fast once the maps of a layer outgrow its caches.
+BATCH = 128
+
+# Batches of training images that recalibrate batch norm.
+STATISTICS = 100
+
+
+class Data(Protocol):
+    """What the loop needs of a dataset; batches are the same however often they are drawn."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def steps(self, batch_size: int, *, world: int = 1) -> int: ...
+    def train_batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def test_batches(
+        self, batch_size: int, *, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    *,
+    loss: Callable[..., Tensor] = cross_entropy,
+    batch_size: int = BATCH,
+) -> dict[str, float]:
+    """Mean loss, and Top-1 and Top-5 accuracy in percent, over all test images of `data`."""
+    model.to(data.device)
+    return means(sums_over_test(model, data, loss, batch_size))
+
+
+@torch.no_grad()
+def sums_over_test(
+    model: nn.Module, data: Data, loss: Callable[..., Tensor], batch_size: int, **share: int
+) -> Tensor:
+    """Loss, correct at 1, correct at 5 and images, summed over this process' test images."""
+    sums = []
+    with in_eval(model):
+        for images, labels in data.test_batches(batch_size, **share):
+            logits = model(images)
+            of_batch = loss(logits, labels, reduction="sum")
+            correct = [count_correct(logits, labels, k) for k in (1, 5)]
+            count = torch.tensor(len(labels), device=labels.device)
+            sums.append(torch.stack([of_batch.float(), *(n.float() for n in [*correct, count])]))
+    return torch.stack(sums).sum(0)
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    loss, top1, top5, images = sums.tolist()
+    return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+
+
+def recalibrated(
+    model: nn.Module, data: Data, *, batches: int = STATISTICS, batch_size: int = BATCH
+) -> nn.Module | None:
+    """A copy of the model, in evaluation mode, with recalibrated batch norm; None without any.
+
+    Running averages lag behind weights that move. Where the input of a unit is constant, as behind
+    units that were pruned away, batch norm divides that lag by the square root of its epsilon, and
+    a network that is sound in training computes nonsense in evaluation. Recalibration measures mean
+    and variance again on `batches` batches of training images, by `torch.optim.swa_utils.update_bn`
+    (hence with dropout as in training); no weight changes. ValueError without training images.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return None
+    if not data.steps(batch_size):
+        raise ValueError("batch norm is recalibrated on training images, and the data have none")
+    copied = copy.deepcopy(model)
+    training = data.train_batches(batch_size, seed=0, epoch=0)
+    update_bn((images for images, _ in islice(training, batches)), copied)
+    return copied.eval()
+
+
 def count_correct(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """How many rows of `logits` (N, classes) have the label among their k largest: a 0-d tensor."""
     k = min(k, logits.shape[1])
     return (logits.topk(k, dim=1).indices == labels.unsqueeze(1)).sum()
-
-
-def parameters(model: nn.Module, masks: Masks | None = None) -> int:
-    """The number of parameters, less those that `masks` removes."""
-    removed = sum(int((~mask).sum()) for mask in (masks or {}).values())
-    return sum(p.numel() for p in model.parameters()) - removed
 
 
 @contextmanager
@@ -43,6 +121,12 @@ def in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def parameters(model: nn.Module, masks: Masks | None = None) -> int:
+    """The number of parameters, less those that `masks` removes."""
+    removed = sum(int((~mask).sum()) for mask in (masks or {}).values())
+    return sum(p.numel() for p in model.parameters()) - removed
 
 
 @torch.no_grad()
@@ -103,92 +187,3 @@ def bytes_on_disk(write: Callable[[Path], object]) -> int:
         path = Path(folder, "file")
         write(path)
         return path.stat().st_size
-
-
-# evaluation --------------------------------------------------------------------------------
-
-# Images evaluated at a time: a CPU is half as fast once the maps of a layer outgrow its caches.
-BATCH = 128
-
-# Batches of training images that batch norm's statistics are measured on.
-STATISTICS = 100
-
-
-class Data(Protocol):
-    """What the loop needs of a dataset; batches are the same however often they are drawn."""
-
-    @property
-    def device(self) -> torch.device: ...
-    def steps(self, batch_size: int, *, world: int = 1) -> int: ...
-    def train_batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def test_batches(
-        self, batch_size: int, *, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-
-def evaluate(
-    model: nn.Module,
-    data: Data,
-    *,
-    loss: Callable[..., Tensor] = cross_entropy,
-    batch_size: int = BATCH,
-) -> dict[str, float]:
-    """Mean loss, and Top-1 and Top-5 accuracy in percent, over all test images of `data`."""
-    model.to(data.device)
-    return means(sums_over_test(model, data, loss, batch_size))
-
-
-@torch.no_grad()
-def sums_over_test(
-    model: nn.Module, data: Data, loss: Callable[..., Tensor], batch_size: int, **share: int
-) -> Tensor:
-    """Loss, correct at 1, correct at 5 and images, summed over this process' test images."""
-    sums = []
-    with in_eval(model):
-        for images, labels in data.test_batches(batch_size, **share):
-            logits = model(images)
-            of_batch = loss(logits, labels, reduction="sum")
-            correct = [count_correct(logits, labels, k) for k in (1, 5)]
-            count = torch.tensor(len(labels), device=labels.device)
-            sums.append(torch.stack([of_batch.float(), *(n.float() for n in [*correct, count])]))
-    return torch.stack(sums).sum(0)
-
-
-def means(sums: Tensor) -> dict[str, float]:
-    loss, top1, top5, images = sums.tolist()
-    return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
-
-
-@torch.no_grad()
-def renewed(
-    model: nn.Module, data: Data, *, batches: int = STATISTICS, batch_size: int = BATCH
-) -> nn.Module | None:
-    """A copy of the model with batch-norm statistics of the weights as they are; None without any.
-
-    Running averages lag behind weights that move. Where a unit's input is constant, as behind units
-    that were pruned away, batch norm divides that lag by the root of its epsilon, and a network
-    that is sound in training computes nonsense in evaluation. Mean and variance are measured on
-    `batches` batches of training images; no weight changes.
-    """
-    copied = copy.deepcopy(model).eval()
-    norms = [m for m in copied.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the average of all batches
-        norm.train()
-    if not norms:
-        return None
-    for images, _ in islice(data.train_batches(batch_size, seed=0, epoch=0), batches):
-        copied(images)
-    if not norms[0].num_batches_tracked:
-        raise ValueError("statistics are measured on training images, and the data have none")
-    return copied.eval()

@@ -1,7 +1,6 @@
 """What the baselines attach to an optimizer: hand-computed steps, exactness, state."""
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from swdlib.criteria import Random
 from swdlib.masks import select, sparsity_of
 from swdlib.schedules import Cubic, Linear
 from swdlib.structures import filters, kernels, weights
-from swdlib.swd import RareSelection, SelectiveWeightDecay
+from swdlib.swd import SelectiveWeightDecay
 
 EXAMPLE = torch.zeros(1, 1, 4, 4)
 
@@ -208,20 +207,23 @@ def test_a_run_goes_on_from_a_state_as_if_it_had_not_stopped(soft: bool) -> None
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"lr": 1}, r"keys 'step', 'masks', 'chosen' and 'reported', not .*'lr'"),
-        ({"chosen": [torch.ones(3, dtype=torch.bool)]}, "units must have shapes"),
+        ({"lr": 1}, "keys step, masks, units, reported, not .*'lr'"),
+        ({"units": [torch.ones(3, dtype=torch.bool)]}, "units must have shapes"),
         ({"reported": [torch.ones(4)]}, "units must have shapes"),
         ({"step": -1, "masks": {}}, "step must be a whole number of 0 or more, not -1"),
         ({"step": 1.5, "masks": {}}, "not 1.5"),
-        ({"step": 1, "masks": {"x": torch.ones(1)}}, "mask 'x' fits no parameter"),
+        (
+            {"step": 1, "masks": {"x": torch.ones(1)}},
+            r"masks must be of \[\'weight\'\], not of \[\'x\'\]",
+        ),
         ({"step": 1, "masks": {"weight": torch.ones(1, 4)}}, "must be bool of shape"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(state: dict[str, Any], message: str) -> None:
     pruner = GradualPruning(four_weights(), sparsity=0.5, steps=4)
     with pytest.raises(ValueError, match=message):
-        pruner.load_state_dict({"step": 1, "masks": {}, "chosen": [], "reported": [], **state})
-    assert pruner.state_dict() == {"step": 0, "masks": {}, "chosen": [], "reported": []}
+        pruner.load_state_dict({"step": 1, "masks": {}, "units": [], "reported": [], **state})
+    assert pruner.state_dict() == {"step": 0, "masks": {}, "units": [], "reported": []}
 
 
 @pytest.mark.parametrize(
@@ -379,74 +381,19 @@ def test_a_structure_without_scales_is_refused_before_training() -> None:
         BatchNormL1(normed(), structure=weights)
 
 
-@torch.no_grad()
-def test_what_is_chosen_rarely_is_penalised_until_the_next_choice() -> None:
-    model = four_weights()
-    penalty = RareSelection(
-        model, every=2, sparsity=0.5, steps=4, weight_decay=0.1, strength=1.0, update="proximal"
-    )
-    optimizer = SGD(model.parameters(), lr=10.0)
-    penalty.attach(optimizer)
-    model.weight.grad = torch.zeros(1, 4)
-    optimizer.step()
-    assert model.weight.tolist() == [[0.5, 1.0, 3.0, 4.0]]
-    model.weight.copy_(torch.tensor([[8.0, 6.0, 1.0, 3.0]]))
-    optimizer.step()  # the same two, which are now the largest
-    assert model.weight.tolist() == [[4.0, 3.0, 1.0, 3.0]]
-    optimizer.step()  # chosen anew; of equal ones the first
-    assert model.weight.tolist() == [[4.0, 1.5, 0.5, 3.0]]
-
-
-def test_chosen_at_every_step_it_is_swd_itself() -> None:
-    found = []
-    makers: tuple[Any, ...] = (partial(RareSelection, every=1), SelectiveWeightDecay)
-    for make in makers:
-        torch.manual_seed(0)
-        model = nn.Linear(8, 8)
-        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-        make(model, sparsity=0.6, steps=9, strength=50.0).attach(optimizer)
-        for _ in range(9):
-            model(torch.randn(4, 8)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append(model.weight.detach().clone())
-    assert torch.equal(*found)
-
-
-def test_a_rare_choice_survives_a_stop_and_what_does_not_fit_is_refused() -> None:
-    model = nn.Linear(4, 2, bias=False)
-    settings: dict[str, Any] = {"every": 5, "sparsity": 0.5, "steps": 10}
-    penalty = RareSelection(model, **settings)
-    chosen = penalty.report()["selected"]
-    penalty.advance()
-    with torch.no_grad():
-        model.weight.neg_().add_(1.0)
-    resumed = RareSelection(model, **settings)
-    resumed.load_state_dict(penalty.state_dict())
-    assert resumed.step == 1 and resumed.report()["left"] == 0
-    assert resumed.report()["selected"] == chosen == 4
-    with pytest.raises(ValueError, match="units must have shapes"):
-        resumed.load_state_dict({**penalty.state_dict(), "held": [torch.ones(3).bool()]})
-    with pytest.raises(ValueError, match="every must be a whole number of at least 1, not 0"):
-        RareSelection(model, **{**settings, "every": 0})
-
-
-@pytest.mark.parametrize("name", ["chosen", "held"])
-def test_units_of_a_checkpoint_go_to_the_device_of_the_model(name: str) -> None:
+@pytest.mark.parametrize("make", [GradualPruning, SelectiveWeightDecay])
+def test_units_of_a_checkpoint_go_to_the_device_of_the_model(make: Any) -> None:
     model = nn.Linear(4, 4)
-    kinds: dict[str, Any] = {
-        "chosen": partial(GradualPruning, every=1),
-        "held": partial(RareSelection, every=9),
-    }
-    first, second = (kinds[name](model, sparsity=0.5, steps=4) for _ in range(2))
+    first, second = (make(model, sparsity=0.5, steps=4, every=2) for _ in range(2))
     optimizer = SGD(model.parameters(), lr=0.1)
     first.attach(optimizer)
-    model(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
+    for _ in range(2):
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
     state = first.state_dict()
     model.to("meta")  # stands for a GPU: the state is elsewhere
     for group in second.groups:
         object.__setattr__(group, "parameter", model.weight)
     second.load_state_dict({**state, "masks": {}})
-    [units] = getattr(second, f"_{name}")
+    [units] = second.units
     assert units.device.type == "meta"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swdlib.data.images import Split
-from swdlib.metrics import evaluate, renewed
+from swdlib.metrics import evaluate, recalibrated
 from tests.runs.test_training import toy_data
 
 
@@ -56,10 +56,10 @@ class Scaled(nn.Module):
         return torch.cat([value, -value, torch.zeros_like(value)], dim=1)
 
 
-def test_renewed_statistics_are_those_of_the_training_images() -> None:
+def test_recalibrated_statistics_are_those_of_the_training_images() -> None:
     data, model = toy_data(), Scaled()
     model.norm.running_mean = torch.tensor([1e3])  # as if the weights had moved far
-    fresh = renewed(model, data, batch_size=4)
+    fresh = recalibrated(model, data, batch_size=4)
     assert isinstance(fresh, Scaled) and not fresh.training
     batches = [images.flatten(1)[:, 0] for images, _ in data.train_batches(4, seed=0, epoch=0)]
     mean = torch.stack([batch.mean() for batch in batches]).mean()
@@ -74,19 +74,19 @@ def test_renewed_statistics_are_those_of_the_training_images() -> None:
 
 def test_as_many_batches_are_read_as_asked() -> None:
     data, model = toy_data(), Scaled()
-    fresh = renewed(model, data, batch_size=4, batches=1)
+    fresh = recalibrated(model, data, batch_size=4, batches=1)
     first = next(data.train_batches(4, seed=0, epoch=0))[0].flatten(1)[:, 0]
     assert isinstance(fresh, Scaled)
     torch.testing.assert_close(fresh.norm.running_mean, first.mean()[None])
 
 
-def test_without_batch_norm_there_is_nothing_to_renew() -> None:
-    assert renewed(nn.Linear(2, 3), toy_data()) is None
-    assert renewed(nn.BatchNorm1d(1, track_running_stats=False), toy_data()) is None
+def test_without_batch_norm_there_is_nothing_to_recalibrate() -> None:
+    assert recalibrated(nn.Linear(2, 3), toy_data()) is None
+    assert recalibrated(nn.BatchNorm1d(1, track_running_stats=False), toy_data()) is None
 
 
-def test_without_training_images_statistics_cannot_be_renewed() -> None:
+def test_without_training_images_nothing_is_recalibrated() -> None:
     data = toy_data()
     nothing = replace(data, train=Split(data.train.images[:0], data.train.labels[:0]))
     with pytest.raises(ValueError, match="training images, and the data have none"):
-        renewed(Scaled(), nothing)
+        recalibrated(Scaled(), nothing)

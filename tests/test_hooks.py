@@ -24,8 +24,9 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, SparseAdam
 from torch.utils.data import DataLoader, TensorDataset
 
 from swdlib.baselines import GradualPruning
-from swdlib.hooks import after_backward
+from swdlib.hooks import after_backward, fitted_units, movement
 from swdlib.schedules import Exponential
+from swdlib.structures import Group, kernels
 from swdlib.swd import SelectiveWeightDecay, Update
 
 STEPS = 8
@@ -775,7 +776,7 @@ def test_a_step_that_runs_its_hooks_twice_is_refused() -> None:
     optimizer = Nested(model.parameters(), lr=0.1)
     attached(model, optimizer)
     with pytest.raises(
-        TypeError, match=r"step\(\) of Nested calls the step\(\) of the class .* add p"
+        TypeError, match=r"step\(\) of Nested calls the step\(\) of its base class.* add p"
     ):
         optimizer.step()
 
@@ -870,3 +871,45 @@ def test_what_else_is_given_to_a_step_stays(by_keyword: bool) -> None:
     assert after == expected
     assert also == {"scale": 2} and calls == []
     assert new() == "loss" and calls == ["backward", "penalty"]
+
+
+# What a report says of the selection -------------------------------------------------------------
+
+
+def of(*chosen: bool) -> list[torch.Tensor]:
+    return [torch.tensor(chosen)]
+
+
+def test_movement_by_hand() -> None:
+    groups = [Group("w", nn.Parameter(torch.tensor([3.0, 4.0, 12.0, 5.0])))]
+    first = movement(groups, of(True, True, False, False), [])
+    assert first == {"selected": 2, "norm_selected": 5.0, "norm_kept": 13.0}
+    second = movement(groups, of(True, False, True, True), of(True, True, False, False))
+    assert (second["entered"], second["left"], second["selected"]) == (2, 1, 3)
+    assert second["norm_kept"] == 4.0
+    third = movement(groups, of(True, False, True, True), of(True, False, True, True))
+    assert (third["entered"], third["left"]) == (0, 0)
+
+
+def test_units_of_several_weights_count_once() -> None:
+    convolution = nn.Conv2d(1, 2, 3)
+    convolution.weight.data[:] = 1.0
+    report = movement(kernels(convolution), of(False, True), of(True, False))
+    assert (report["entered"], report["left"], report["selected"]) == (1, 1, 1)
+    assert report["norm_selected"] == report["norm_kept"] == 3.0
+
+
+def test_units_that_do_not_fit_are_refused() -> None:
+    groups = [Group("w", nn.Parameter(torch.ones(2)))]
+    fitted_units(groups, [])
+    fitted_units(groups, of(True, False))
+    wrong = (of(True), [torch.ones(2)], [*of(True, False), *of(True, False)])
+    for units in wrong:
+        with pytest.raises(ValueError, match="units must have shapes and types"):
+            fitted_units(groups, units)
+
+
+def test_norms_of_half_precision_do_not_overflow() -> None:
+    groups = [Group("w", nn.Parameter(torch.full((2,), 300.0, dtype=torch.float16)))]
+    report = movement(groups, of(True, False), [])
+    assert report["norm_selected"] == report["norm_kept"] == 300.0

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from swdlib import masks as masks_module
 from swdlib.criteria import magnitude
 from swdlib.deploy.shrinking import shrink
 from swdlib.masks import (
@@ -407,15 +406,6 @@ def test_sparsity_by_hand() -> None:
     assert sparsity_of({"a": one_of_ten}) == 0.1
     assert sparsity_of({"a": one_of_ten, "b": torch.zeros(2, 5, dtype=torch.bool)}) == 11 / 20
     assert sparsity_of({"a": torch.zeros(3, dtype=torch.bool)}) == 1.0
-
-
-def test_a_sample_that_misleads_costs_no_exactness(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = [torch.tensor([3.0, 1.0, 2.0, 1.0, 0.0])]
-    right = [lowest(scores, count)[0].tolist() for count in range(6)]
-    for low, high in [(0.0, 0.0), (3.0, 3.0), (1.0, 1.0), (2.0, 1.0), (9.0, 9.0), (-1.0, -1.0)]:
-        ends = torch.tensor(low), torch.tensor(high)
-        monkeypatch.setattr(masks_module, "_bracket", lambda flat, count, ends=ends: ends)
-        assert [lowest(scores, count)[0].tolist() for count in range(6)] == right
 
 
 def test_emptied_names_parameters_of_which_nothing_stays() -> None:

@@ -149,7 +149,7 @@ def test_latency_is_the_median_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch
 
 
 def test_rounds_are_at_least_one() -> None:
-    with pytest.raises(ValueError, match="rounds must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="rounds must be a whole number of at least 1, not 0"):
         latency(lambda: None, rounds=0)
 
 

@@ -148,9 +148,7 @@ def test_torchvision_has_no_width_and_three_channels() -> None:
 
 @pytest.mark.parametrize("argument", ["channels", "size", "classes", "width"])
 def test_sizes_are_whole_and_positive(argument: str) -> None:
-    for value in (0, -1):
-        with pytest.raises(ValueError, match=f"{argument} must be at least 1, not {value}"):
-            build_model("cnn", **{argument: value})
-    for wrong in (1.5, "8", True):
-        with pytest.raises(TypeError, match=f"{argument} must be a whole number, not {wrong!r}"):
+    for wrong in (0, -1, 1.5, "8", True):
+        message = f"{argument} must be a whole number of at least 1, not {wrong!r}"
+        with pytest.raises(ValueError, match=message):
             build_model("cnn", **{argument: wrong})  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from swdlib.criteria import magnitude
 from swdlib.masks import ALLOCATIONS, NotFinite, prunable, sparsity_of
 from swdlib.schedules import Constant, Cubic, Exponential, Linear
 from swdlib.structures import STRUCTURES, kernels, weights
-from swdlib.swd import SelectiveWeightDecay, Update
+from swdlib.swd import SelectiveWeightDecay, Update, penalty, smallest
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": partial(SGD, lr=0.1),
@@ -86,6 +86,50 @@ def train_by_autograd(model: nn.Module, optimizer: Optimizer, **settings: Any) -
 
 def assert_same(one: nn.Module, other: nn.Module, rtol: float = 1e-9, atol: float = 1e-12) -> None:
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=rtol, atol=atol)
+
+
+# The method on one screen
+
+
+def test_smallest_by_hand() -> None:
+    weights = [torch.tensor([[0.3, -0.1], [0.1, 2.0]]), torch.tensor([0.1, -5.0])]
+    found = smallest(weights, 0.5)  # 3 of 6; of the three ties at 0.1 all
+    assert [mask.tolist() for mask in found] == [[[False, True], [True, False]], [True, False]]
+    found = smallest(weights, 1 / 3)  # of ties the first are selected
+    assert [mask.tolist() for mask in found] == [[[False, True], [True, False]], [False, False]]
+    assert not any(mask.any() for mask in smallest(weights, 0.0))
+
+
+def test_the_equation_by_hand() -> None:
+    weights = [torch.tensor([0.1, -0.4], requires_grad=True), torch.tensor([-0.2, 0.3])]
+    found = penalty(weights, sparsity=0.5, strength=4.0, weight_decay=0.5)
+    assert found.item() == pytest.approx(4 * 0.5 / 2 * (0.1**2 + 0.2**2))
+    found.backward()
+    torch.testing.assert_close(weights[0].grad, torch.tensor([4 * 0.5 * 0.1, 0.0]))
+    chosen = penalty(weights, 0.5, 4.0, 0.5, select=lambda *_: [torch.tensor([False, True])] * 2)
+    assert chosen.item() == pytest.approx(0.4**2 + 0.3**2)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.99])
+def test_class_and_fast_path_are_the_equation(sparsity: float) -> None:
+    network, twin = cnn(), cnn()
+    swd = penalty_of(network, sparsity=sparsity, steps=4, strength=Exponential(1.0, 81.0))
+    optimizer = SGD(network.parameters(), lr=0.05)
+    swd.attach(optimizer)
+    for step, (images, labels) in enumerate(batches(4)):
+        weights = [p for p in twin.parameters() if p.ndim >= 2]
+        loss = cross_entropy(twin(images), labels)
+        equation = penalty(weights, sparsity, 3.0**step, 5e-4)
+        torch.testing.assert_close(swd.penalty(), equation, rtol=1e-12, atol=0)
+        gradients = torch.autograd.grad(loss + equation, [*twin.parameters()])
+        optimizer.zero_grad()
+        cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
+                parameter -= 0.05 * gradient
+        pairs = zip(network.parameters(), twin.parameters(), strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in pairs)
 
 
 # The penalty's value and gradient
@@ -713,7 +757,7 @@ GOOD = torch.ones(2, 2, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({"lr": 1}, "keys 'step', 'masks' and 'reported', not .*'lr'"),
+        ({"lr": 1}, "keys step, masks, units, reported, not .*'lr'"),
         ({"reported": [GOOD[0]]}, "units must have shapes"),
         ({"step": -1, "masks": {}}, "step must be .* not -1"),
         ({"step": 1.5, "masks": {}}, "step must be .* not 1.5"),
@@ -732,8 +776,8 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
     swd.advance()
     masks = swd.prune()
     with pytest.raises(ValueError, match=words):
-        swd.load_state_dict({"step": 1, "masks": {}, "reported": [], **state})
-    with pytest.raises(ValueError, match="keys 'step', 'masks' and 'reported'"):
+        swd.load_state_dict({"step": 1, "masks": {}, "units": [], "reported": [], **state})
+    with pytest.raises(ValueError, match="keys step, masks, units, reported, not"):
         swd.load_state_dict({})
     assert swd.step == 1 and swd.masks is masks
 
@@ -882,3 +926,48 @@ def test_a_compiled_penalty_trains_alike() -> None:
         trained.append([*swd.prune().values(), *model.parameters()])
     for eager, fast in zip(*trained, strict=True):
         torch.testing.assert_close(eager, fast)
+
+
+# Selected every few steps
+
+
+def row_of_four() -> nn.Linear:
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    return model
+
+
+@torch.no_grad()
+def test_what_is_chosen_rarely_is_penalised_until_the_next_choice() -> None:
+    model = row_of_four()
+    penalty = SelectiveWeightDecay(
+        model, every=2, sparsity=0.5, steps=4, weight_decay=0.1, strength=1.0, update="proximal"
+    )
+    optimizer = SGD(model.parameters(), lr=10.0)
+    penalty.attach(optimizer)
+    model.weight.grad = torch.zeros(1, 4)
+    optimizer.step()
+    assert model.weight.tolist() == [[0.5, 1.0, 3.0, 4.0]]
+    model.weight.copy_(torch.tensor([[8.0, 6.0, 1.0, 3.0]]))
+    optimizer.step()  # the same two, which are now the largest
+    assert model.weight.tolist() == [[4.0, 3.0, 1.0, 3.0]]
+    optimizer.step()  # selected anew; of ties the first
+    assert model.weight.tolist() == [[4.0, 1.5, 0.5, 3.0]]
+
+
+def test_a_rare_choice_survives_a_stop_and_what_does_not_fit_is_refused() -> None:
+    model = nn.Linear(4, 2, bias=False)
+    settings: dict[str, Any] = {"every": 5, "sparsity": 0.5, "steps": 10}
+    penalty = SelectiveWeightDecay(model, **settings)
+    chosen = penalty.report()["selected"]
+    penalty.advance()
+    with torch.no_grad():
+        model.weight.neg_().add_(1.0)
+    resumed = SelectiveWeightDecay(model, **settings)
+    resumed.load_state_dict(penalty.state_dict())
+    assert resumed.step == 1 and resumed.report()["left"] == 0
+    assert resumed.report()["selected"] == chosen == 4
+    with pytest.raises(ValueError, match="units must have shapes"):
+        resumed.load_state_dict({**penalty.state_dict(), "units": [torch.ones(3).bool()]})
+    with pytest.raises(ValueError, match="every must be a whole number of at least 1, not 0"):
+        SelectiveWeightDecay(model, **{**settings, "every": 0})

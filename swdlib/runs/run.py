@@ -24,7 +24,7 @@ from swdlib.data.load import AnyDataset, load_data
 from swdlib.deploy.shrinking import shrink
 from swdlib.deploy.stored import is_stored, save_sparse
 from swdlib.masks import NotFinite
-from swdlib.metrics import count_macs, evaluate, in_eval, latencies, parameters, renewed
+from swdlib.metrics import count_macs, evaluate, in_eval, latencies, parameters, recalibrated
 from swdlib.runs import records
 from swdlib.runs.config import Config, build, options_of, phases_of
 from swdlib.runs.devices import Tracker, find_device, is_main_process, main_process_first
@@ -122,7 +122,7 @@ def _shrunk(model: nn.Module, data: AnyDataset, example: Tensor, last: Row) -> R
 
 def _renewed(model: nn.Module, data: AnyDataset) -> Row:
     """What the last row has besides: the network measured with new batch-norm statistics."""
-    fresh = renewed(model, data)
+    fresh = recalibrated(model, data)
     measured = evaluate(fresh, data) if fresh else {}
     return {f"renewed_{name}": value for name, value in measured.items()}
 
