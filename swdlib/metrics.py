@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from swdlib.masks import Masks
 from swdlib.schedules import check_count
 
-
 # Images evaluated at a time: a CPU is half as fast once the maps of a layer outgrow its caches.
 BATCH = 128
 
