@@ -1,8 +1,8 @@
-"""The graph: which channels of which layers live or die together.
+"""Channels: which slices of which parameters can only be removed together.
 
-What tracing finds is joined here into units that are disjoint: a channel of one layer, and all
-slices of parameters that it is tied to by additions, concatenations, flattening, depthwise and
-grouped convolutions.
+torch-pruning follows the graph that autograd records from a network's outputs back to its layers.
+What it finds is joined here into disjoint units: a channel of one layer, and every slice of a
+parameter that additions, concatenations, flattening, depthwise and grouped convolutions tie to it.
 """
 
 import copy
@@ -52,7 +52,7 @@ class Untraceable(ValueError):
 
 
 def trace_units(model: nn.Module, example: Tensor) -> list[Found]:
-    """The filters and channels of `model` that can be removed without a trace, a layer each.
+    """The filters and channels of `model` that can be removed, a `Found` for each layer.
 
     Raises Untraceable, within half a minute, for a network that cannot be followed.
     """
@@ -63,7 +63,7 @@ def trace_units(model: nn.Module, example: Tensor) -> list[Found]:
             slots = _Slots(twin)
             slots.join(follow(twin, example))
             slots.join_what_only_training_runs(example)
-    except Exception as error:  # whatever a foreign search stumbles over
+    except Exception as error:  # torch-pruning and the network raise what they like
         raise Untraceable(
             f"the channels of {type(model).__name__} cannot be followed ({error!r}); structures "
             "that need no graph work on it: weights, kernels, blocks, n_of_m"
@@ -101,10 +101,10 @@ def _is_plain(attention: nn.MultiheadAttention) -> bool:
 
 
 class _Slots:
-    """All places that a channel can own, numbered; those that are tied are joined into units.
+    """Every channel of every layer as a numbered slot; tied slots are joined into units.
 
-    A place is output i of a layer, its input j, or entry i of a normalisation. Place 0 stands for
-    all that cannot be removed: the network's output, what a layer normalisation averages over.
+    A slot is output i of a layer, its input j, or entry i of a normalisation. Slot 0 stands for all
+    that cannot be removed: the network's output, what a layer normalisation averages over.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -123,7 +123,7 @@ class _Slots:
         self._hold_shared()
 
     def _hold_shared(self) -> None:
-        # What several layers share, or one computes, cannot be cut in one place.
+        # A parameter that layers share, or that is computed, cannot be cut for one layer alone.
         uses = Counter(id(p) for module in self.names for p in module._parameters.values())
         for (module, side), start in self.start.items():
             own = [getattr(module, attribute) for attribute, _, _ in _attributes(module, side)]
@@ -140,8 +140,8 @@ class _Slots:
         start = self.start[conv, "out"]
         self.ties.append((start + outputs, start + outputs // each * each))
 
-    def places(self, module: Any, side: str, indices: np.ndarray) -> np.ndarray:
-        """The numbers of `module`'s places; 0 if it is nothing that can be cut."""
+    def slots_of(self, module: Any, side: str, indices: np.ndarray) -> np.ndarray:
+        """The slots of `module` at `indices`; 0 if it cannot be cut."""
         if isinstance(module, _ConvNd) and module.groups > 1 and side == "in":
             each = module.in_channels // module.groups
             indices = indices // each * (module.out_channels // module.groups)
@@ -150,32 +150,32 @@ class _Slots:
         if start is None:
             return np.zeros_like(indices)
         size = dict(sides(module))[side]
-        if indices.max(initial=0) >= size:  # something before it changes the number of channels
+        if indices.max(initial=0) >= size:  # the layer sees channels that were not followed
             self._hold(start, size)
             return np.zeros_like(indices)
         return start + indices
 
     def join(self, graph: Any) -> None:
-        """Tie all that falls together in the graph."""
+        """Tie what the graph says must be removed together."""
         self.joined |= set(graph.module2node)
         covered = np.zeros(self.number, dtype=bool)
         for layer in self.names:
             if layer not in graph.module2node or not isinstance(layer, _ConvNd | nn.Linear):
                 continue
             outputs = np.arange(dict(sides(layer)).get("out", 0))
-            if covered[self.places(layer, "out", outputs)].all():
+            if covered[self.slots_of(layer, "out", outputs)].all():
                 continue
             for module, side, indices, root in tied_to(graph, layer):
-                mine = self.places(module, side, indices)
+                mine = self.slots_of(module, side, indices)
                 covered[mine] = True
-                self.ties.append((mine, self.places(layer, "out", root)))
+                self.ties.append((mine, self.slots_of(layer, "out", root)))
 
     def join_what_only_training_runs(self, example: Tensor) -> None:
-        """Tie auxiliary heads; a network that cannot run in training mode here is left as it is."""
+        """Tie auxiliary heads, if the network runs in training mode on the example."""
         layers = {module for module, _ in self.start} - self.joined
         if all(isinstance(layer, NonDynamicallyQuantizableLinear) for layer in layers):
-            return  # these belong to attention, which runs them
-        twice = torch.cat([example, example])  # batch norm does not train on a single value
+            return  # the output projections of attention, which it runs without calling them
+        twice = torch.cat([example, example])  # batch norm cannot train on a single image
         try:
             graph = follow(self.model, twice, training=True)
         except Exception:
@@ -183,7 +183,7 @@ class _Slots:
         self.join(graph)
 
     def layers(self, parameters: dict[str, nn.Parameter]) -> list[Found]:
-        """The units that can be removed, those that own like slices together."""
+        """The units that can be removed; those that own slices of the same parameters together."""
         unit = self._units()
         slices = [s for s in self._slices(unit) if (s[3] >= 0).any() and s[0] in parameters]
         owners: dict[int, list[tuple[int, int]]] = {}
@@ -199,7 +199,7 @@ class _Slots:
         return [layer for layer in found if layer is not None]
 
     def _units(self) -> np.ndarray:
-        """The unit of each place, -1 for what cannot be removed."""
+        """The unit of each slot, -1 for what cannot be removed."""
         from scipy.sparse import coo_matrix
         from scipy.sparse.csgraph import connected_components
 
@@ -212,7 +212,7 @@ class _Slots:
         return unit
 
     def _slices(self, unit: np.ndarray) -> list[tuple[str, int, str, np.ndarray]]:
-        """(parameter's name, dim, role, unit of each slice) for every place."""
+        """(parameter's name, dim, role, unit of each slice) for each side of each layer."""
         found = []
         for (module, side), start in self.start.items():
             name = self.names[module] + "." if self.names[module] else ""
@@ -230,7 +230,7 @@ class _Slots:
     ) -> Found | None:
         made = [name for name, _, role, _ in slices if role == "weight"]
         if not made or not any(role == "input" for _, _, role, _ in slices):
-            return None  # nothing makes these channels, or nothing reads them
+            return None  # no layer computes these channels, or none reads them
         order = np.full(self.number, -1)
         order[units] = np.arange(len(units))
         parts = tuple(
@@ -244,7 +244,7 @@ class _Slots:
 
 
 def _attributes(module: nn.Module, side: str) -> list[tuple[str, int, str]]:
-    """The parameters of a layer's side: name, dim and role of their slices."""
+    """The parameters on a side of a layer: name, dimension and role of their slices."""
     if isinstance(module, _NormBase):
         return [("weight", 0, "scale"), ("bias", 0, "shift")]
     if isinstance(module, nn.PReLU):
@@ -255,16 +255,16 @@ def _attributes(module: nn.Module, side: str) -> list[tuple[str, int, str]]:
     return [("weight", 1 if flipped else 0, "weight"), ("bias", 0, "shift")]
 
 
-# tracing --------------------------------------------------------------------------------
+# torch-pruning's graph, corrected where it overlooks that channels end ----------------------------
 
-SECONDS = 12.0  # that a search may take: networks that can be followed need two or three
-MOST = 2_000_000  # places that one operation may lead to: all that a network has are fewer
-# Operations, by parts of their names in autograd, that mix channels or change their order.
+SECONDS = 12.0  # limit of the search; networks that can be followed take two or three
+MOST = 2_000_000  # limit of the channels tied to one layer; no real network has as many
+# Parts of the names, in autograd, of operations that mix or reorder channels.
 OPAQUE = ("norm", "index", "flip", "roll", "shuffle", "bmm", "convolution")
 
 
 def sides(module: nn.Module) -> list[tuple[str, int]]:
-    """The sides of a layer on which channels can be cut, and their numbers of channels."""
+    """The sides, "out" and "in", on which a layer can be cut, and their numbers of channels."""
     if isinstance(module, _ConvTransposeNd) and module.groups > 1:
         return []
     if isinstance(module, _ConvNd):
@@ -280,10 +280,10 @@ def sides(module: nn.Module) -> list[tuple[str, int]]:
 
 
 def follow(model: nn.Module, example: Tensor, training: bool = False) -> Any:
-    """The graph of `model`; on some networks the search would take hours: TimeoutError."""
+    """torch-pruning's graph of `model`; TimeoutError where the search would take hours."""
     graph = _graph(time.monotonic() + SECONDS)
     has_maps_of_three = any(isinstance(module, nn.Conv1d) for module in model.modules())
-    # Channels of the input, if the graph is to see them, have to come from a parameter.
+    # The graph sees the input's channels only if they come from a parameter, so one is added.
     ranks = (2, 3, 4, 5) if has_maps_of_three else (2, 4, 5)
     has_channels = example.is_floating_point() and example.ndim in ranks
     stem = nn.Parameter(torch.zeros_like(example)) if has_channels else None
@@ -291,16 +291,16 @@ def follow(model: nn.Module, example: Tensor, training: bool = False) -> Any:
         model,
         example,
         forward_fn=lambda net, x: net.train(training)(x if stem is None else x + stem),
-        # An operation more, so that no output is also a layer's.
+        # Times 1, since the graph overlooks an output that is a layer's own.
         output_transform=lambda out: [t * 1 for t in tensors_of(out) if t.grad_fn is not None],
         unwrapped_parameters=[] if stem is None else [(stem, 1)],
         verbose=False,
     )
     for node in graph.module2node.values():
-        node.type = None  # else the shapes would be inferred anew for every layer
+        node.type = None  # else torch-pruning infers all shapes again for each layer
         node.is_end = _ends(node, has_maps_of_three)
         on = graph.nowhere if node.is_end else graph.onward
-        for dependency in node.dependencies:  # the search for what is tied passes here
+        for dependency in node.dependencies:  # called at each step of the search for ties
             dependency.index_mapping.append(on)
     return graph
 
@@ -309,7 +309,7 @@ def _graph(deadline: float) -> Any:
     from torch_pruning import ops
     from torch_pruning.dependency import DependencyGraph
 
-    class Graph(DependencyGraph):  # the search for shapes passes here, at every step
+    class Graph(DependencyGraph):  # these methods are called at each step of the search
         def check_time(self) -> None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no end after {SECONDS:g} seconds")
@@ -317,7 +317,7 @@ def _graph(deadline: float) -> Any:
         def onward(self, indices: list[Any]) -> list[Any]:
             self.check_time()
             if len(indices) > MOST:
-                raise OverflowError(f"a channel seems to lead to {len(indices)} places")
+                raise OverflowError(f"a channel seems to lead to {len(indices)} others")
             return indices
 
         def nowhere(self, indices: list[Any]) -> list[Any]:
@@ -332,7 +332,7 @@ def _graph(deadline: float) -> Any:
             known = super().get_in_channels(node)
             if isinstance(node.module, ops._ReshapeOp):
                 before = _shapes(node.grad_fn)[0]
-                if len(before) > 3:  # else channels that were concatenated before would be lost
+                if len(before) > 3:  # else it would forget channels that were concatenated before
                     return before[1]
             return known
 
@@ -340,7 +340,7 @@ def _graph(deadline: float) -> Any:
 
 
 def tied_to(graph: Any, layer: nn.Module) -> Iterator[tuple[Any, str, np.ndarray, np.ndarray]]:
-    """What falls with the outputs of `layer`: module, its side, indices there, outputs of `layer`.
+    """What is tied to the outputs of `layer`: module, side, indices there, outputs of `layer`.
 
     A module without sides is a place where channels end, so that they cannot be removed.
     """
@@ -355,10 +355,10 @@ def tied_to(graph: Any, layer: nn.Module) -> Iterator[tuple[Any, str, np.ndarray
 
 
 def _ends(node: Any, has_maps_of_three: bool) -> bool:
-    """Whether channels cannot be followed, or removed, any further: at the output, say.
+    """Whether channels cannot be followed, or removed, beyond this node, such as the output.
 
-    Tensors of three dimensions may be (images, channels, places), as a Conv1d reads them, or
-    (images, places, channels).
+    Tensors of three dimensions may be (images, channels, positions), as a Conv1d reads them, or
+    (images, positions, channels).
     """
     from torch_pruning import ops
 
@@ -366,7 +366,7 @@ def _ends(node: Any, has_maps_of_three: bool) -> bool:
     if isinstance(module, ops._OutputOp | nn.Parameter):
         return True
     if isinstance(module, _NormBase) and not module.affine and module.track_running_stats:
-        return True  # its statistics would have to be cut by a name that no parameter has
+        return True  # it has running statistics to cut, but no parameter to rank
     single = isinstance(module, nn.PReLU) and module.num_parameters == 1
     if sides(module) or single or isinstance(module, ops._ConcatOp) or _in_instance_norm(node):
         return False
@@ -381,7 +381,7 @@ def _ends(node: Any, has_maps_of_three: bool) -> bool:
 
 
 def _in_instance_norm(node: Any) -> bool:
-    """Whether it is one of the two steps by which an instance normalisation is computed."""
+    """Whether it is one of the two operations that make up an instance normalisation."""
     after = [*node.outputs, *(later for out in node.outputs for later in out.outputs)]
     steps = ("ViewBackward0", "NativeBatchNormBackward0", "CudnnBatchNormBackward0")
     is_step = node.grad_fn.name() in steps
@@ -389,13 +389,13 @@ def _in_instance_norm(node: Any) -> bool:
 
 
 def _shapes(operation: Any) -> tuple[list[int], list[int]]:
-    """The shapes of an operation's first input that is followed, and of its output."""
+    """The shapes of an operation's first differentiable input and of its output."""
     before, number = next(edge for edge in operation.next_functions if edge[0] is not None)
     return before._input_metadata[number].shape, operation._input_metadata[0].shape
 
 
 def _cuts_up(view: Any, has_maps_of_three: bool) -> bool:
-    """Whether a view cuts channels up: it neither flattens maps nor folds what is around them."""
+    """Whether a view splits channels: it neither flattens maps nor folds the dimensions around."""
     before, after = _shapes(view)
     flattens = len(after) == 2 and before[0] == after[0]
     lowest = 2 if has_maps_of_three else 3
@@ -405,18 +405,20 @@ def _cuts_up(view: Any, has_maps_of_three: bool) -> bool:
 
 
 def _along_channels(operation: Any, has_maps_of_three: bool) -> bool:
-    """Whether an operation along a dimension, a sum or a softmax, is along that of the channels."""
+    """Whether an operation along a dimension (a sum, a softmax) is along the channels."""
     dims = getattr(operation, "_saved_dim", None)
     if dims is None or "queeze" in operation.name():
         return False
     rank = len(_shapes(operation)[0])
     signed = [d if d < rank else d - 2**64 for d in (dims if isinstance(dims, tuple) else (dims,))]
-    unclear = rank == 3 and not has_maps_of_three  # then it may be any
+    unclear = (
+        rank == 3 and not has_maps_of_three
+    )  # either (images, channels, positions) or (images, positions, channels)
     return not unclear and any(d % rank == 1 for d in signed)
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors in a network's output, which may nest them in dictionaries, lists and tuples."""
+    """The tensors in a network's output, however nested in dictionaries, lists and tuples."""
     if isinstance(output, Tensor):
         return [output]
     values = output.values() if isinstance(output, dict) else output

@@ -1,7 +1,7 @@
 """Criteria: how much a weight matters.
 
-A criterion maps a parameter to a score of the same shape; the higher score is kept. Any function of
-one's own with that signature is a criterion.
+A criterion is a function from a parameter to scores of the same shape; weights of the highest
+scores are kept. Write your own, with that signature, and pass it.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ def magnitude(parameter: Tensor) -> Tensor:
 def saliency(parameter: Tensor) -> Tensor:
     """|weight * gradient|: to first order, how much the loss changes if the weight goes.
 
-    Source: Molchanov et al. 2017, arXiv 1611.06440. Raises ValueError without a gradient. SWD's
-    gradient update adds its penalty to the gradients of a step, for those that rank after it.
+    Source: Molchanov et al. 2017, arXiv 1611.06440. Raises ValueError without a gradient. After a
+    step with SWD's gradient update, the gradient includes the penalty.
     """
     if parameter.grad is None:
         raise ValueError("saliency needs gradients: call loss.backward() before it is used")
@@ -49,11 +49,11 @@ batch_norm_scale.role = "scale"  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Random:
-    """Scores drawn at random from the seed and the parameter's name: a control for any criterion.
+    """Random scores, as a control for any criterion.
 
-    They depend on nothing else, so that each cut goes on from the one before. They are drawn from
-    Cauchy's distribution: it is also that of the mean of such scores, so that units of all sizes
-    have equal chances.
+    They depend on the seed and the parameter's name alone, so that what one cut removed is removed
+    by the next. They follow a Cauchy distribution, which the mean of several follows too, so that
+    units of all sizes have equal chances.
     """
 
     seed: int = 0
@@ -76,8 +76,8 @@ def score_of(criterion: Criterion, name: str, parameter: Tensor) -> Tensor:
     return scores
 
 
-# Name -> criterion, for what is chosen in a shell or a notebook. Saliency needs gradients, which a
-# training script of one's own has at hand when it prunes.
+# By name, for the command line and for notebooks. Not saliency, which needs gradients: a training
+# script has them at hand when it prunes, a recipe's cut has not.
 CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
     "batch_norm_scale": batch_norm_scale,

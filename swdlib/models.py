@@ -1,4 +1,4 @@
-"""Networks: small ones for a first look, the ResNets of CIFAR, and torchvision's classifiers."""
+"""Networks: small ones to start with, ResNets for CIFAR, and torchvision's classifiers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from swdlib.schedules import check_count
 def build_model(
     name: str, *, channels: int = 3, size: int = 32, classes: int = 10, width: int | None = None
 ) -> nn.Module:
-    """Return a new network for images of shape (channels, size, size), its weights drawn at random.
+    """Return a new network for images of shape (channels, size, size), with random weights.
 
     `name` is a key of `MODELS` or any classifier of torchvision, such as "resnet50". `width` scales
     a network of `MODELS` (see its builder; None is the builder's default); torchvision's have none.
-    The weights follow torch's global seed: call `torch.manual_seed` first to draw the same again.
+    Call `torch.manual_seed` first for weights that can be reproduced.
     """
     for what, number in {"channels": channels, "size": size, "classes": classes}.items():
         check_count(what, number)
@@ -93,8 +93,8 @@ class BasicBlock(nn.Module):
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
-        # Batch norm subtracts the mean, so these two biases change nothing. They are here because
-        # the published network has them: without, it would be 2,688 short of 4,330,442 parameters.
+        # He's network has no biases before batch norm, which subtracts them again. This one has
+        # them, and keeps them so that the results on record can be reproduced.
         self.conv1 = _conv(before, after, stride, bias=True)
         self.bn1 = nn.BatchNorm2d(after)
         self.conv2 = _conv(after, after, bias=True)

@@ -1,8 +1,8 @@
-"""Recipes: published methods as data, side by side.
+"""Recipes: published methods as lists of phases, side by side.
 
-A recipe returns a list of phases. Its parameters bear the names of `Config`'s fields, which is how
-an experiment knows what to pass, and its defaults are those of `Config`. `epochs` is the whole
-budget, fine-tuning included, so that methods given the same number have cost the same.
+The parameters of a recipe are named as the fields of `Config`, which is how a run knows what to
+pass, and its defaults are those of `Config`. `epochs` is the whole budget, fine-tuning included, so
+that methods with the same number cost the same.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ from swdlib.swd import SelectiveWeightDecay, Update
 
 @dataclass(frozen=True)
 class Train:
-    """Train for `epochs`, with the learning rate `lr` and, if given, a penalty.
+    """Train for `epochs`, with the learning-rate schedule `lr` and, if given, a method's hooks.
 
-    `penalty(model, steps=...)` is called when the phase starts; steps are those of the phase. One
-    that ranks weights also takes `criterion` and `allocation` (see `ranked`).
+    `penalty(model, steps=...)` returns the method when the phase starts; `steps` are those of the
+    phase. One that ranks weights also takes `criterion` and `allocation` (see `ranked`).
     """
 
     epochs: int
@@ -73,10 +73,10 @@ def swd(
     growth: Growth = "exponential",
     growth_end: float = 1.0,
 ) -> list[Phase]:
-    """Selective weight decay, then a cut that changes nothing (Tessier et al. 2022).
+    """Selective weight decay, then a cut of what is nearly zero (Tessier et al. 2022).
 
-    The strength grows from `a_min` to `a_max` until the share `growth_end` of training, as `growth`
-    says (see `growing`). Source: arXiv 2011.10520.
+    The strength grows from `a_min` to `a_max` by the share `growth_end` of training, in the way
+    that `growth` names (see `growing`). Source: arXiv 2011.10520.
     """
     strength = growing(growth, a_min, a_max, growth_end, lr)
     penalty = _swd_penalty(sparsity, structure, weight_decay, strength, update)
@@ -92,9 +92,9 @@ def swd_constant(
     a: float = 100.0,
     update: Update = "gradient",
 ) -> list[Phase]:
-    """SWD whose strength stays at `a`, to see what its growth is good for.
+    """SWD of constant strength `a`: an ablation of its growth.
 
-    The default is the strength that the published growth has half-way.
+    The default is the strength of the published growth half-way through.
     """
     penalty = _swd_penalty(sparsity, structure, weight_decay, Constant(a), update)
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
@@ -114,7 +114,7 @@ def swd_rising(
     growth: Growth = "exponential",
     growth_end: float = 1.0,
 ) -> list[Phase]:
-    """SWD whose target rises as in `zhu2017` while its strength grows: this book's own variant."""
+    """SWD whose target rises as in `zhu2017` while its strength grows: a variant of this book."""
     target = _rising(sparsity, ramp_begin, ramp_end)
     strength = growing(growth, a_min, a_max, growth_end, lr)
     penalty = _swd_penalty(target, structure, weight_decay, strength, update)
@@ -132,7 +132,7 @@ def swd_every(
     every: int = 100,
     update: Update = "gradient",
 ) -> list[Phase]:
-    """SWD that chooses w* anew every `every` steps only: what is lost if the choice is saved."""
+    """SWD that selects w* only every `every` steps: an ablation of selecting at each one."""
     strength = Exponential(a_min, a_max)
     penalty = _swd_penalty(sparsity, structure, weight_decay, strength, update, every)
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
@@ -149,7 +149,7 @@ def swd_finetune(
     a_max: float = 1e5,
     update: Update = "gradient",
 ) -> list[Phase]:
-    """SWD, a cut, then fine-tuning at the last learning rate, which SWD should not need."""
+    """SWD, a cut, then fine-tuning at the last learning rate: an ablation, as SWD needs none."""
     _check_finetuning(epochs, finetune_epochs)
     before = epochs - finetune_epochs
     train, cut = swd(before, lr, sparsity, structure, weight_decay, a_min, a_max, update)
@@ -157,7 +157,7 @@ def swd_finetune(
 
 
 def one_shot(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> list[Phase]:
-    """Train, then cut by magnitude, and nothing after: what a cut does to a network."""
+    """Train, then cut by magnitude, without fine-tuning: what a cut alone does."""
     return [Train(epochs, lr), Prune(sparsity, structure)]
 
 
@@ -170,7 +170,7 @@ def random_pruning(
     iterations: int = 1,
     seed: int = 0,
 ) -> list[Phase]:
-    """`han2015` that cuts at random: the control, which every criterion has to beat."""
+    """`han2015` with random cuts: the control that every criterion has to beat."""
     phases = han2015(epochs, lr, sparsity, structure, finetune_epochs, iterations)
     return ranked(phases, Random(seed), None)
 
@@ -185,9 +185,8 @@ def han2015(
 ) -> list[Phase]:
     """Train, then `iterations` times: cut by magnitude, fine-tune at the last learning rate.
 
-    One iteration is the one-shot form; with several, each cuts the same share of what is left. Of
-    `epochs`, `finetune_epochs` are for fine-tuning, divided evenly (Han et al. 2015,
-    arXiv 1506.02626).
+    With several iterations, each cuts the same share of the weights that are left. Of `epochs`,
+    `finetune_epochs` are for fine-tuning, divided evenly (Han et al. 2015, arXiv 1506.02626).
     """
     tune = Constant(lr(1.0))
     budget = (epochs, finetune_epochs, iterations)
@@ -202,10 +201,10 @@ def renda2020(
     finetune_epochs: int,
     iterations: int = 1,
 ) -> list[Phase]:
-    """`han2015` with learning-rate rewinding: after each cut the whole course of `lr` is replayed.
+    """`han2015` with learning-rate rewinding: after each cut the schedule `lr` is replayed.
 
-    Source: Renda et al. 2020, arXiv 2003.02389. They retrain for as long as they trained, after
-    every cut; here the course is replayed over the cut's share of `finetune_epochs`.
+    Source: Renda et al. 2020, arXiv 2003.02389. They retrain for as long as they trained after
+    every cut; here the schedule is replayed over the cut's share of `finetune_epochs`.
     """
     budget = (epochs, finetune_epochs, iterations)
     return _cut_and_tune(*budget, lr, lr, sparsity, structure)
@@ -223,8 +222,8 @@ def zhu2017(
     """Gradual pruning: the sparsity rises while the network trains (Zhu & Gupta 2017).
 
     It follows a cubic from 0 to `sparsity` between the shares `ramp_begin` and `ramp_end` of
-    training, with masks chosen anew every `every` steps (arXiv 1710.01878, equation 1). The cut at
-    the end changes nothing.
+    training, with new masks every `every` steps (arXiv 1710.01878, equation 1). The cut at the end
+    changes nothing.
     """
     target = _rising(sparsity, ramp_begin, ramp_end)
     penalty = partial(GradualPruning, sparsity=target, structure=structure, every=every)
@@ -241,8 +240,8 @@ def liu2017(
 ) -> list[Phase]:
     """Network slimming: L1 on batch-norm scales, a cut by them, fine-tuning (Liu et al. 2017).
 
-    Source: arXiv 1708.06519, which fine-tunes with the learning rates of the training; so their
-    course is replayed. `l1` is published as 1e-4 for VGG-19 and 1e-5 for ResNet-164. `structure`
+    Source: arXiv 1708.06519, which fine-tunes with the learning rates of the training; so the
+    schedule is replayed. `l1` is published as 1e-4 for VGG-19 and 1e-5 for ResNet-164. `structure`
     must be one whose units have scales.
     """
     _check_finetuning(epochs, finetune_epochs)
@@ -258,7 +257,7 @@ def liu2017(
 
 
 def soft(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> list[Phase]:
-    """Soft pruning: after every epoch the lowest are set to zero, but may return; then a cut.
+    """Soft pruning: after every epoch the lowest become zero, but may return; then a cut.
 
     Source: He et al. 2018, arXiv 1808.06866.
     """

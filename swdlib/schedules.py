@@ -1,8 +1,8 @@
 """Schedules: how a number changes while a network trains.
 
-A schedule maps progress, from 0 (start) to 1 (end), to a value. The same type serves the strength
-of a penalty, a sparsity that rises and a learning rate. Each is a frozen dataclass, so it can be
-compared, printed and drawn, and any function of progress does as well.
+A schedule is a function from progress, in [0, 1], to a value: the strength of a penalty, a rising
+sparsity, a learning rate. Those here are frozen dataclasses, which can be compared and printed; any
+function of progress will do.
 
 >>> Exponential(0.1, 1e5)(0.5)
 100.0
@@ -114,7 +114,7 @@ class Cubic(_Ramp):
 
 @dataclass(frozen=True)
 class Steps:
-    """`start`, multiplied by `factor` at each of the milestones, which are progress in (0, 1)."""
+    """`start`, multiplied by `factor` at each milestone, a progress in (0, 1)."""
 
     start: float
     factor: float
@@ -136,11 +136,11 @@ class Piecewise:
     points: tuple[tuple[float, float], ...]
 
     def __post_init__(self) -> None:
-        places = [place for place, _ in self.points]
-        if not places or any(b <= a for a, b in pairwise(places)):
+        positions = [position for position, _ in self.points]
+        if not positions or any(b <= a for a, b in pairwise(positions)):
             raise ValueError(f"points must be in order of rising progress, not {self.points!r}")
-        for place, value in self.points:
-            _require_finite(progress=place, value=value)
+        for position, value in self.points:
+            _require_finite(progress=position, value=value)
 
     def __call__(self, progress: float) -> float:
         if progress <= self.points[0][0]:
@@ -154,9 +154,9 @@ class Piecewise:
 def growing(growth: Growth, a_min: float, a_max: float, end: float, lr: Schedule) -> Schedule:
     """The strength of SWD, from `a_min` at the start to `a_max` at the share `end` of training.
 
-    By a constant factor a step ("exponential", as published), along a line, half a cosine or a
-    cubic; or so that not a but a times the learning rate, which is what a step takes off a weight,
-    rises by a constant factor ("per_step"). ValueError if `end` is not in (0, 1].
+    "exponential", as published, grows by a constant factor a step; "per_step" does so with a times
+    the learning rate `lr`, the share of a weight that a step takes off; "linear", "cosine" and
+    "cubic" are what they say. ValueError if `end` is not in (0, 1].
     """
     if not 0 < end <= 1:
         raise ValueError(f"growth_end must be above 0 and at most 1, not {end!r}")

@@ -1,8 +1,8 @@
 """Structures: what lives or dies together.
 
-A structure maps a model to a list of groups of units. That one list decides what is ranked,
-penalised, masked and counted, so that these four can never disagree. One that needs settings or an
-example input is a function that returns a structure.
+A structure is a function from a model to a list of groups of units. That one list decides what is
+ranked, penalised, masked and counted, so these four can never disagree. `blocks`, `n_of_m` and
+`filters`, which need settings or an example input, are functions that return a structure.
 """
 
 import math
@@ -52,11 +52,11 @@ class Group:
         return scores.flatten() if self.size == 1 else scores.reshape(self.units, -1).mean(1)
 
     def protect(self, scores: Tensor) -> Tensor:
-        """The scores, infinite for units that must stay."""
+        """Scores of shape (units,), infinite for units that must stay."""
         return scores
 
     def removed(self, units: Tensor) -> dict[str, Tensor]:
-        """Which weights leave with `units`, a bool tensor (units,): name -> parameter's shape."""
+        """The weights of `units`, a bool tensor (units,): name -> bool tensor of its shape."""
         rows = units.unsqueeze(1).expand(self.units, self.size)
         return {self.name: rows.reshape(self.parameter.shape)}
 
@@ -65,8 +65,8 @@ class Group:
 class Tiles(Group):
     """Units that are tiles of `height` x `width` of the parameter seen as a matrix.
 
-    The matrix has a row an output and the rest of the parameter as columns; a tile at its edge may
-    be smaller.
+    The matrix has a row for each output, and the other dimensions are its columns. A tile at the
+    edge may be smaller.
     """
 
     height: int = 1
@@ -92,11 +92,11 @@ class Tiles(Group):
         """One score a tile, shape (units,): the mean over its weights."""
         scores = score_of(criterion, self.name, self.parameter)
         matrix = scores.reshape(1, len(scores), -1).float()
-        # A tile at the edge is divided by the weights that it has.
+        # With ceil_mode, the mean of a tile at the edge is over the weights that it has.
         return avg_pool2d(matrix, (self.height, self.width), ceil_mode=True).flatten()
 
     def removed(self, units: Tensor) -> dict[str, Tensor]:
-        """Which weights leave with the tiles `units`: name -> bool tensor of parameter's shape."""
+        """The weights of the tiles `units`: name -> bool tensor of the parameter's shape."""
         grid = units.reshape(self._grid)
         tall = grid.repeat_interleave(self.height, 0)[: self.parameter.shape[0]]
         wide = tall.repeat_interleave(self.width, 1)[:, : self.parameter[0].numel()]
@@ -105,13 +105,13 @@ class Tiles(Group):
 
 @dataclass(frozen=True)
 class NofM(Group):
-    """Single weights, of which the best `n` of each `m` in a row along the inputs must stay."""
+    """Single weights; of each `m` neighbours along the inputs, the best `n` must stay."""
 
     n: int = 2
     m: int = 4
 
     def protect(self, scores: Tensor) -> Tensor:
-        """The scores, infinite for the best `n` of each `m`; of equal ones the last stay."""
+        """The scores, infinite for the best `n` of each `m`; of ties the last stay."""
         of_inputs = scores.reshape(self.parameter.shape).movedim(1, -1)
         rows = of_inputs.reshape(-1, self.m)
         best = rows.argsort(dim=1, stable=True)[:, self.m - self.n :]
@@ -121,7 +121,7 @@ class NofM(Group):
 
 @dataclass(frozen=True)
 class Ranked:
-    """The parts of one role, which of their slices belong to which unit, and the units' weights."""
+    """What a criterion ranks units by: parts of one role, and each unit's number of weights."""
 
     parts: list[tuple[Part, Tensor, Tensor]]
     weights: Tensor
@@ -142,8 +142,8 @@ class Ranked:
 class Coupled(Group):
     """Units that reach through several parameters: a filter, its batch norm, whoever reads its map.
 
-    `parameter` is the first of them. `network` holds all parameters of the model: with units like
-    these, sparsity is the fraction of them that the shrunk network does not have.
+    `parameter` is the first of them. `network` holds all parameters of the model, since sparsity is
+    here the fraction of all parameters that the shrunk network does not have.
     """
 
     parts: tuple[Part, ...] = ()
@@ -161,7 +161,7 @@ class Coupled(Group):
         return self.count
 
     def sizes(self) -> Tensor:
-        """The number of weights of each unit when no other is removed, shape (units,)."""
+        """The number of weights that each unit alone would remove, shape (units,)."""
         total = torch.zeros(self.count, dtype=torch.long)
         for part in self.parts:
             slices = part.parameter.numel() // len(part.units)
@@ -170,7 +170,7 @@ class Coupled(Group):
         return total
 
     def scores(self, criterion: Criterion) -> Tensor:
-        """One score a unit, shape (units,): the mean over what the criterion looks at."""
+        """One score a unit, shape (units,): the mean over the parts that the criterion ranks."""
         role = getattr(criterion, "role", "weight")
         ranked = self._ranked.get(role)
         if ranked is None:
@@ -187,7 +187,7 @@ class Coupled(Group):
 
     @cached_property
     def _ranked(self) -> dict[str, "Ranked"]:
-        """For each role what of its parts belongs to units: it does not change as weights do."""
+        """By role; cached, since it does not change as weights do."""
         return {
             role: Ranked.of([part for part in self.parts if part.role == role], self.count)
             for role in {part.role for part in self.parts}
@@ -195,7 +195,7 @@ class Coupled(Group):
 
     @cached_property
     def slices(self) -> dict[tuple[str, int], int]:
-        """(Parameter, dim) -> the number of its slices that a unit owns."""
+        """(Parameter, dim) -> the number of slices that each unit owns."""
         owned: dict[tuple[str, int], int] = {}
         for part in self.parts:
             key = part.name, part.dim
@@ -203,13 +203,13 @@ class Coupled(Group):
         return owned
 
     def protect(self, scores: Tensor) -> Tensor:
-        """The scores, infinite for the best unit: a layer of none could not be built."""
+        """The scores, infinite for the best unit, since no layer can be empty."""
         return scores.index_fill(0, scores.argmax(), math.inf)
 
     def removed(self, units: Tensor) -> dict[str, Tensor]:
-        """Which weights leave with `units`: name -> bool tensor that broadcasts to its shape."""
+        """The weights of `units`: name -> bool tensor that broadcasts to the parameter's shape."""
         gone: dict[str, Tensor] = {}
-        extended = torch.cat([units, units.new_zeros(1)])  # -1, of no unit, finds False
+        extended = torch.cat([units, units.new_zeros(1)])  # index -1, of no unit, is False
         for part in self.parts:
             shape = [1] * part.parameter.ndim
             shape[part.dim] = -1
@@ -219,7 +219,7 @@ class Coupled(Group):
 
 
 def either(a: Tensor, b: Tensor) -> Tensor:
-    """Where one of two bool tensors is True: as `a | b`, which torch is slow at on a CPU."""
+    """As `a | b` of bool tensors, at which torch is slow on a CPU."""
     return (a.view(torch.uint8) | b.view(torch.uint8)).view(torch.bool)
 
 
@@ -227,7 +227,7 @@ Structure = Callable[[nn.Module], list[Group]]
 
 
 def is_prunable(parameter: nn.Parameter) -> bool:
-    """Whether single weights of it may go: it is trained and has two or more dimensions."""
+    """Whether its single weights are prunable: it is trained and has two or more dimensions."""
     return parameter.requires_grad and parameter.ndim >= 2
 
 
@@ -237,17 +237,17 @@ def _prunable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def weights(model: nn.Module) -> list[Group]:
-    """Every weight for itself: all trainable parameters of two or more dimensions.
+    """Single weights: those of all trainable parameters of two or more dimensions.
 
-    So biases and the scales of batch norm are not pruned, and embeddings, position codes and scales
-    of more dimensions are (layer scale, LayerNorm over several): leave these out with a structure
-    of your own. Frozen parameters are left alone; one that several modules share is one group.
+    So biases and batch-norm scales are not pruned. Embeddings, position codes and scales of two or
+    more dimensions (a layer scale, LayerNorm over several dimensions) are; write a structure of
+    your own to leave them out. A parameter that several modules share is one group.
     """
     return [Group(name, parameter) for name, parameter in _prunable(model)]
 
 
 def kernels(model: nn.Module) -> list[Group]:
-    """Each kernel of a convolution as one unit: the weights between an input and an output map."""
+    """Kernels of convolutions: a unit is the weights between one input and one output map."""
     convolved = {id(m.weight) for m in model.modules() if isinstance(m, _ConvNd)}
     return [
         Group(name, parameter, size=math.prod(parameter.shape[2:]))
@@ -257,7 +257,7 @@ def kernels(model: nn.Module) -> list[Group]:
 
 
 def blocks(height: int, width: int) -> Structure:
-    """Blocks of `height` outputs x `width` weights of those outputs; smaller at a matrix's edge."""
+    """Blocks of `height` outputs x `width` weights of those outputs; smaller at the edges."""
     check_count("height", height)
     check_count("width", width)
 
@@ -269,10 +269,10 @@ def blocks(height: int, width: int) -> Structure:
 
 
 def n_of_m(n: int, m: int) -> Structure:
-    """Single weights, at least `n` of each `m` in a row of inputs kept; GPUs speed up 2 of 4.
+    """Single weights, of which at least `n` of each `m` neighbouring inputs stay.
 
-    Sparsity can reach 1 - n / m and no more. Parameters whose number of inputs `m` does not divide
-    are left alone. Source: Mishra et al. 2021, arXiv 2104.08378.
+    GPUs speed up 2 of 4 (Mishra et al. 2021, arXiv 2104.08378). The sparsity can be at most
+    1 - n / m. Parameters whose number of inputs is no multiple of `m` are not pruned.
     """
     if not (isinstance(n, int) and isinstance(m, int) and 1 <= n < m):
         raise ValueError(f"n and m must be whole numbers with 1 <= n < m, not n={n!r}, m={m!r}")
@@ -284,11 +284,11 @@ def n_of_m(n: int, m: int) -> Structure:
 
 
 def filters(example: Tensor) -> Structure:
-    """Filters of convolutions, each with all that falls with it.
+    """Filters of convolutions, each with everything that depends on it.
 
-    A filter takes its bias and batch norm along, the weights that read its map, and the filters
-    that residual additions, depthwise or grouped convolutions tie it to. `example` is an input of
-    the model, a batch of any size; the couplings are found by running it.
+    With a filter go its bias and batch norm, the weights that read its map, and the filters to
+    which residual additions, depthwise and grouped convolutions tie it. `example` is an input of
+    the model, a batch of any size; running it shows what is tied.
     """
     return _coupled(example, "filters", ("filter",))
 
@@ -296,7 +296,7 @@ def filters(example: Tensor) -> Structure:
 def channels(example: Tensor) -> Structure:
     """Channels of linear layers inside the network and heads of attention layers.
 
-    What a layer normalisation averages over stays: it could not leave without a trace.
+    The channels that a layer normalisation averages over stay: without one, the mean would change.
     """
     return _coupled(example, "channels", ("channel", "head"))
 
@@ -320,7 +320,7 @@ def _coupled(example: Tensor, name: str, kinds: Sequence[str]) -> Structure:
     return structure
 
 
-# Name -> structure, given an example input, for what is chosen in a shell or a notebook.
+# By name, for the command line and for notebooks: a function of an example input.
 STRUCTURES: dict[str, Callable[[Any], Structure]] = {
     "weights": lambda example: weights,
     "kernels": lambda example: kernels,

@@ -218,5 +218,5 @@ def test_a_search_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_search_that_multiplies_places_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "MOST", 7)
-    with pytest.raises(Untraceable, match="a channel seems to lead to 8 places"):
+    with pytest.raises(Untraceable, match="a channel seems to lead to 8 others"):
         trace_units(*build("maps"))
