@@ -1,6 +1,7 @@
 """Selective weight decay and neural-network pruning: a small library beside a book."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -51,6 +52,22 @@ __all__ = [
     "structures",
     "train",
 ]
+
+
+# What pip installs with swdlib[extra] -> the packages that the part needs; see pyproject.toml.
+_EXTRAS = {
+    "deploy": ("pandas", "scipy", "torch_pruning"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "runs": ("accelerate", "filelock", "pandas", "PIL", "sklearn", "torchvision", "tqdm"),
+    "lab": ("matplotlib", "pandas", "seaborn"),
+}
+
+
+def require_extra(user: str, extra: str) -> None:
+    """ImportError, with the line that installs them, if packages that `user` needs are missing."""
+    missing = [name for name in _EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{user} needs {', '.join(missing)}: pip install 'swdlib[{extra}]'")
 
 
 def __dir__() -> list[str]:

@@ -21,6 +21,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from swdlib import require_extra
+
 
 @dataclass(frozen=True)
 class Part:
@@ -56,6 +58,7 @@ def trace_units(model: nn.Module, example: Tensor) -> list[Found]:
 
     Raises Untraceable, within half a minute, for a network that cannot be followed.
     """
+    require_extra("swdlib.channels", "deploy")
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")

@@ -106,9 +106,69 @@ def test_no_package_is_listed_twice() -> None:
     assert len(names) == len(set(names))
 
 
-def test_extras_that_test_and_build_the_book_take_deploy_along() -> None:
+def test_extras_include_one_another() -> None:
     extras = project()["project"]["optional-dependencies"]
-    assert all("swdlib[deploy]" in extras[name] for name in ("book", "test"))
+    assert "swdlib[deploy]" in extras["runs"]
+    assert {"swdlib[onnx]", "swdlib[runs]"} <= set(extras["lab"])
+    assert "swdlib[lab]" in extras["book"] and "swdlib[book]" in extras["test"]
+
+
+ALONE = """
+import sys
+HIDDEN = {hidden}
+
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+import torch
+import swdlib
+
+model = torch.nn.Linear(8, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+swd = swdlib.SelectiveWeightDecay(model, sparsity=0.75, steps=3)
+swd.attach(optimizer)
+for _ in range(3):
+    model(torch.randn(2, 8)).square().sum().backward()
+    optimizer.step()
+masks = swd.prune()
+swdlib.deploy.save_sparse(model, masks, "pruned")
+print(int((model.weight == 0).sum()))
+for use in ("Config", "load_data", "plots", "train"):
+    try:
+        getattr(swdlib, use)
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_the_method_needs_torch_numpy_and_safetensors_alone(tmp_path: Path) -> None:
+    hidden = {name for packages in swdlib._EXTRAS.values() for name in packages} - {"filelock"}
+    source = ALONE.format(hidden=hidden)
+    zeros, *errors = python("-c", source, folder=tmp_path, PYTHONPATH=str(ROOT)).splitlines()
+    assert zeros == "24"
+    remedy = re.compile(r"swdlib\.\w+ needs .*: pip install 'swdlib\[\w+\]'")
+    assert len(errors) == 4 and all(map(remedy.fullmatch, errors))
+
+
+def test_each_extra_lists_what_its_part_requires() -> None:
+    extras = project()["project"]["optional-dependencies"]
+    distributions = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_pruning": "torch-pruning"}
+    for extra, packages in swdlib._EXTRAS.items():
+        lines = list(extras[extra])
+        for line in lines:
+            lines += extras[line[7:-1]] if line.startswith("swdlib[") else []
+        names = {re.split(r"[<>=;\[ ]", line)[0] for line in lines}
+        assert {distributions.get(package, package) for package in packages} <= names, extra
 
 
 def test_every_public_name_is_there() -> None:

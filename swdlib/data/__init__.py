@@ -1,1 +1,5 @@
 """Data: what networks are trained and tested on."""
+
+from swdlib import require_extra
+
+require_extra("swdlib.data", "runs")
