@@ -120,25 +120,6 @@ class NofM(Group):
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """What a criterion ranks units by: parts of one role, and each unit's number of weights."""
-
-    parts: list[tuple[Part, Tensor, Tensor]]
-    weights: Tensor
-
-    @classmethod
-    def of(cls, parts: Sequence[Part], count: int) -> "Ranked":
-        """Of parts of `count` units."""
-        insides = [(part.units >= 0).nonzero().squeeze(1) for part in parts]
-        found = [(part, i, part.units[i]) for part, i in zip(parts, insides, strict=True)]
-        weights = torch.zeros(count)
-        for part, _, units in found:
-            size = part.parameter.numel() // len(part.units)
-            weights.index_add_(0, units, torch.full((len(units),), float(size)))
-        return cls(found, weights)
-
-
-@dataclass(frozen=True)
 class Coupled(Group):
     """Units that reach through several parameters: a filter, its batch norm, whoever reads its map.
 
@@ -172,26 +153,34 @@ class Coupled(Group):
     def scores(self, criterion: Criterion) -> Tensor:
         """One score a unit, shape (units,): the mean over the parts that the criterion ranks."""
         role = getattr(criterion, "role", "weight")
-        ranked = self._ranked.get(role)
-        if ranked is None:
+        if role not in self._by_role:
             raise ValueError(
                 f"{self.name} has no {role} that the criterion could rank; "
                 "use another criterion, such as magnitude"
             )
+        parts, weights = self._by_role[role]
         sums = torch.zeros(self.count, device=self.parameter.device)
-        for part, inside, units in ranked.parts:
+        for part, inside, units in parts:
             scores = score_of(criterion, part.name, part.parameter).movedim(part.dim, 0).float()
             of_slices = scores.flatten(1).sum(1) if scores.ndim > 1 else scores
             sums.index_add_(0, units.to(sums.device), of_slices[inside.to(sums.device)])
-        return sums / ranked.weights.to(sums.device)
+        return sums / weights.to(sums.device)
 
     @cached_property
-    def _ranked(self) -> dict[str, "Ranked"]:
-        """By role; cached, since it does not change as weights do."""
-        return {
-            role: Ranked.of([part for part in self.parts if part.role == role], self.count)
-            for role in {part.role for part in self.parts}
-        }
+    def _by_role(self) -> dict[str, tuple[list[tuple[Part, Tensor, Tensor]], Tensor]]:
+        """For each role: its parts, which of their slices belong to which unit; the units' sizes.
+
+        Cached, since it does not change as weights do.
+        """
+        found: dict[str, tuple[list[tuple[Part, Tensor, Tensor]], Tensor]] = {}
+        for part in self.parts:
+            parts, weights = found.setdefault(part.role, ([], torch.zeros(self.count)))
+            inside = (part.units >= 0).nonzero().squeeze(1)
+            units = part.units[inside]
+            parts.append((part, inside, units))
+            size = torch.full((len(inside),), part.parameter.numel() / len(part.units))
+            weights.index_add_(0, units, size)
+        return found
 
     @cached_property
     def slices(self) -> dict[tuple[str, int], int]:
