@@ -76,7 +76,7 @@ def _dataset(source: str, train: Split, test: Split) -> Dataset:
         train=train,
         test=test,
         classes=10,
-        # Over all pixels of a channel. The common std (0.2023, 0.1994, 0.2010) is something else.
+        # Of all pixels of a channel; the often copied std (0.2023, 0.1994, 0.2010) is not that.
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
         padding=4,
@@ -107,7 +107,7 @@ def _check_md5(file: Path, md5: str) -> None:
 def _read_files(folder: Path) -> list[Split]:
     from torchvision.datasets import CIFAR10
 
-    # torchvision checks as well before it unpickles, which could run any code, but names no file.
+    # A pickle can run any code. torchvision checks the sums too, but its error names no file.
     for name, md5 in _published_files():
         _check_md5(folder / CIFAR10.base_folder / name, md5)
     return [
@@ -133,23 +133,24 @@ def _load_images(folder: Path) -> Dataset:
     from tqdm import tqdm
 
     labels = {name: label for label, name in enumerate(CLASSES)}
-    samples: list[tuple[str, int]] = []
-    for part in (folder / "train", folder / "test"):
-        count = len(samples)
+    samples: dict[str, list[tuple[str, int]]] = {}
+    for part in ("train", "test"):
         try:
-            samples += ImageFolder.make_dataset(part, labels, extensions=SUFFIXES)
+            samples[part] = ImageFolder.make_dataset(folder / part, labels, extensions=SUFFIXES)
         except FileNotFoundError as error:
-            raise ValueError(f"{part} must have images of all classes: {error}") from error
+            raise ValueError(f"{folder / part} must have images of all classes: {error}") from error
+    count, everything = len(samples["train"]), samples["train"] + samples["test"]
 
     def decode() -> list[Split]:
-        images = torch.empty((len(samples), 3, 32, 32), dtype=torch.uint8)
-        # On one thread: the images are so small that two threads mostly wait for each other.
-        for index, (file, _) in enumerate(tqdm(samples, desc="decoding CIFAR-10", unit=" images")):
+        images = torch.empty((len(everything), 3, 32, 32), dtype=torch.uint8)
+        # On one thread: with images so small, two threads mostly wait for each other.
+        progress = tqdm(everything, desc="decoding CIFAR-10", unit=" images")
+        for index, (file, _) in enumerate(progress):
             images[index] = read_image(Path(file), _check_image)
-        everything = Split(images, torch.tensor([label for _, label in samples]))
-        return [everything[:count], everything[count:]]
+        whole = Split(images, torch.tensor([label for _, label in everything]))
+        return [whole[:count], whole[count:]]
 
-    return _cached("image folder", folder, [file for file, _ in samples], decode)
+    return _cached("image folder", folder, [file for file, _ in everything], decode)
 
 
 def _check_image(image: Image.Image) -> Image.Image:
@@ -184,7 +185,7 @@ def _download(root: Path, tried: Sequence[str]) -> Path:
 def _cached(
     source: str, folder: Path, files: Sequence[str], read: Callable[[], list[Split]]
 ) -> Dataset:
-    """Return what `read` decodes, or its cache if names, sizes and times of `files` still match."""
+    """Return what `read` decodes, or its cache if the names, sizes and times of `files` match."""
     digest = hashlib.sha256()
     for file in files:
         about = os.stat(file)

@@ -58,8 +58,8 @@ class Batched:
 
     train: Any
     test: Any
-    # Of `train` or `test`, (step, numbers of its images) of each batch, the slice of these for this
-    # process, and, to augment with, seed and epoch -> images and labels.
+    # Loads batches of `train` or `test`: takes that split, (step, numbers of all images) per batch,
+    # this process's slice of these numbers and, if images are to be augmented, seed and epoch.
     _load: Callable[..., Batches]
 
     def steps(self, batch_size: int, *, world: int = 1) -> int:
@@ -89,7 +89,7 @@ class Batched:
         return self._load(self.train, batches, slice(rank, None, world), seed, epoch)
 
     def test_batches(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Batches:
-        """Return the test images in order, unaugmented, each to one of `world` processes."""
+        """Return the test images in order, unaugmented; each goes to one of `world` processes."""
         check_share(batch_size, rank, world)
         batches = enumerate(torch.arange(len(self.test)).split(batch_size))
         shared = (batch for batch in batches if len(batch[1]) > rank)
