@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from swdlib import cli
-from swdlib.data import imagenet as streams
+from swdlib.data import imagenet
 from swdlib.data.imagenet import ImageFolders, count_workers
 from swdlib.data.load import load_data
 from swdlib.deploy.stored import load_sparse
@@ -147,7 +147,7 @@ def test_processes_that_train_share_the_batches_of_one(world: int, data: ImageFo
 def test_test_batches_are_not_larger_than_memory_allows(
     data: ImageFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "TEST_BATCH", 3)
+    monkeypatch.setattr(imagenet, "TEST_BATCH", 3)
     assert [labels.tolist() for _, labels in data.test_batches(1000)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 

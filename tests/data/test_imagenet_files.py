@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from swdlib.data.imagenet import find_files, find_splits, fingerprint_of_files, read_image
+from swdlib.data.imagenet import find_files, find_splits, fingerprint_of_files
+from swdlib.data.images import read_image
 
 
 def write_imagenet(root: Path, train: int = 1000, val: int = 1000) -> Path:
@@ -72,7 +73,7 @@ def test_one_folder_of_the_two_will_do(only: str, root: Path) -> None:
 
 
 def test_what_is_not_imagenet_is_refused(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"not found: put its images where .*/x/train/"):
+    with pytest.raises(FileNotFoundError, match=r"not found: put its images in .*/x/train/"):
         find_splits(tmp_path / "x")
     (root / "val" / "n00000999").rename(root / "val" / "n00001000")
     with pytest.raises(ValueError, match=r"train and .*val must have the same classes"):

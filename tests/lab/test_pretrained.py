@@ -18,10 +18,10 @@ from swdlib.data.images import normalise
 from swdlib.lab.pretrained import efficientnet_lite0, load_imagenet
 from swdlib.masks import ALLOCATIONS
 from swdlib.metrics import count_macs, evaluate, parameters
-from swdlib.runs.records import default_folder
 from swdlib.runs.run import provenance
 
-RECORD = default_folder().parent / "measurements" / "efficientnet-lite0.json"
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "book" / "measurements" / "efficientnet-lite0.json"
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_images_of_other_modes_are_read(folder: Path, mode: str) -> None:
 
 
 def test_what_is_not_imagenet_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="images must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="images must be a whole number of at least 1, not 0"):
         load_imagenet(folder, 0)
     with pytest.raises(FileNotFoundError, match="must be a folder with ImageNet's images"):
         load_imagenet(folder / "elsewhere")
