@@ -254,7 +254,7 @@ def fill(stage: Path, runs: list[reruns.Run]) -> None:
     }
     for page in stage.glob("*.md"):
         text = re.sub(
-            r"^% generated: (\w+) ?(\w*)$",
+            r"^% generated: (\w+) ?([\w.]*)$",
             lambda found: parts[found[1]](*filter(None, [found[2]])),
             page.read_text("utf-8"),
             flags=re.MULTILINE,
