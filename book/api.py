@@ -20,7 +20,7 @@ ALIASES = {
 
 
 def reference(name: str) -> str:
-    """Return the section of the module `swdlib.<name>`, such as runs.config, without its heading."""
+    """Return the section of the module `swdlib.<name>`, without its heading."""
     module = import_module(f"swdlib.{name}")
     parts = [_text(module)]
     for public in public_names(module):

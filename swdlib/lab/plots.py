@@ -260,7 +260,13 @@ def kept_weights(
     left = 0.0
     for name, share in shares.items():
         rows, columns = np.shape(share)
-        look = {"cmap": "cividis", "interpolation": "nearest", "vmin": 0, "vmax": 1, "gid": name}
+        look: dict[str, Any] = {
+            "cmap": "cividis",
+            "interpolation": "nearest",
+            "vmin": 0,
+            "vmax": 1,
+            "gid": name,
+        }
         image = ax.imshow(share, extent=(left, left + columns, rows, 0), **look)
         ax.text(left + columns / 2, -1, name, color=INK, ha="center", va="bottom")
         left += columns + gap

@@ -1,4 +1,4 @@
-"""What pages say of the library and of their own making: reference, reruns, quizzes, words."""
+"""What pages say: the API reference, how to rerun them, quizzes, slides, words."""
 
 import doctest
 import importlib
@@ -154,7 +154,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
         run_examples(test)
 
 
-# How a page was made
+# How to rerun a page
 
 
 OWN = """# What it is for.
@@ -216,7 +216,7 @@ def test_box_links_notebook_numbers_and_records(run: reruns.Run) -> None:
 
 
 @pytest.mark.slow
-def test_figures_and_files_of_a_run_are_told(tmp_path: Path) -> None:
+def test_figures_and_files_of_a_run_are_recorded(tmp_path: Path) -> None:
     (tmp_path / "facts.json").write_text("{}")
     reads = "import json\n\njson.load(open('facts.json'))"
     draws = "import matplotlib.pyplot as plt\n\nplt.plot([1, 2], [3, 5], label='a');"
@@ -472,7 +472,7 @@ def test_chapter_without_a_part_is_found(old: str, new: str, fault: str) -> None
         ("$s < t$:\n$$\na\n$$", ["$$\na\n$$", "s < t"]),
     ],
 )
-def test_formulas_are_told_from_symbols(text: str, found: list[str]) -> None:
+def test_formulas_are_distinguished_from_symbols(text: str, found: list[str]) -> None:
     assert formulas(text) == found
 
 

@@ -243,11 +243,13 @@ def test_stage_holds_committed_records_but_not_those_of_trials(tmp_path: Path) -
 def test_data_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     page = build.BOOK / "swd-on-cifar10.ipynb"
-    assert build.place_of_data(page, {}) == {"data_root": str(build.ROOT / "data")}
-    assert build.place_of_data(page, {"data_root": "mine"}) == {"data_root": str(tmp_path / "mine")}
+    assert build.absolute_data_root(page, {}) == {"data_root": str(build.ROOT / "data")}
+    assert build.absolute_data_root(page, {"data_root": "mine"}) == {
+        "data_root": str(tmp_path / "mine")
+    }
     # These two have a record that stands in for data.
     for name in ("smaller-networks", "imagenet"):
-        assert build.place_of_data(build.BOOK / f"{name}.ipynb", {}) == {}
+        assert build.absolute_data_root(build.BOOK / f"{name}.ipynb", {}) == {}
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ NAMES = notebook_names(BOOK)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def copied_kernels() -> Iterator[None]:
-    """Let kernels begin as copies, which saves each of them the import of its libraries."""
+def forked_kernels() -> Iterator[None]:
+    """Start kernels as forks, which saves each of them the import of its libraries."""
     factory = KernelProvisionerFactory.instance()
     with pytest.MonkeyPatch.context() as restored:
         restored.setattr(factory, "default_provisioner_name", factory.default_provisioner_name)
@@ -304,9 +304,9 @@ def test_page_says_what_is_allowed_of_a_parameter_that_it_refuses(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_page_without_fine_tuning_does_not_speak_of_it(name: str) -> None:
-    told = parameter_table(papermill.inspect_notebook(str(BOOK / f"{name}.ipynb")))
+    table = parameter_table(papermill.inspect_notebook(str(BOOK / f"{name}.ipynb")))
     tuned = any("finetune" in cell.source for cell in cells(name))
-    assert tuned or "fine-tuning" not in told
+    assert tuned or "fine-tuning" not in table
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def test_unknown_parameter_is_named_with_those_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "given", "told"),
+    ("own", "given", "message"),
     [
         ("points: float = 1.0", "'one'", "points must be of type float, not 'one'"),
         ("epochs: int = 3", "2.5", "epochs must be of type int, not 2.5"),
@@ -42,8 +42,8 @@ def test_unknown_parameter_is_named_with_those_there_are() -> None:
         ("epochs: int = None", "'many'", ""),  # what None stands for knows its type
     ],
 )
-def test_parameter_of_another_type_is_refused(own: str, given: str, told: str) -> None:
+def test_parameter_of_another_type_is_refused(own: str, given: str, message: str) -> None:
     name = own.partition(":")[0]
     namespace = {"In": ["", own, f"# Parameters\n{name} = {given}\n"], name: eval(given)}
-    with pytest.raises(ValueError, match=told) if told else nullcontext():
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
         check_parameters(namespace)
