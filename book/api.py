@@ -8,19 +8,19 @@ from typing import Any
 
 WIDTH = 88
 
-# Short names of types, and the modules that they come from.
+# Aliases of types, which signatures would spell out, and the modules that define them.
 ALIASES = {
     "Schedule": "schedules",
     "Criterion": "criteria",
-    "Allocation": "allocations",
     "Structure": "structures",
+    "Allocation": "masks",
     "Masks": "masks",
     "Phase": "recipes",
 }
 
 
 def reference(name: str) -> str:
-    """Return what there is to say of the module `swdlib.<name>`, its heading aside."""
+    """Return the section of the module `swdlib.<name>`, without its heading."""
     module = import_module(f"swdlib.{name}")
     parts = [_text(module)]
     for public in public_names(module):
@@ -29,7 +29,7 @@ def reference(name: str) -> str:
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """Return its `__all__`, or the documented functions and classes that it defines itself."""
+    """Return a module's `__all__`, or else the documented functions and classes it defines."""
     named = getattr(module, "__all__", None)
     return list(named or (n for n, thing in vars(module).items() if _is_public(n, thing, module)))
 
@@ -46,7 +46,7 @@ def _entry(thing: Any, name: str, level: str) -> list[str]:
     if inspect.isclass(thing):
         own = vars(thing).keys() - getattr(thing, "__dataclass_fields__", {}).keys()
         members = ((n, vars(thing)[n]) for n in vars(thing) if n in own and not n.startswith("_"))
-        # What only its base class documents is not ours.
+        # `getattr` would inherit the docstring of a base class.
         parts += [_member(m, f"{name}.{n}") for n, m in members if getattr(m, "__doc__", None)]
     return parts
 
@@ -61,7 +61,7 @@ def _member(member: Any, name: str) -> str:
 
 
 def signature(thing: Any, name: str, bound: bool = False) -> str:
-    """Return how `thing` is called, on a line of its own for each parameter if it is long."""
+    """Return the signature of `thing`; a long one has a line for each parameter."""
     try:
         whole = inspect.signature(thing)
     except (TypeError, ValueError):  # an exception's constructor
@@ -93,7 +93,7 @@ def _parameter(parameter: inspect.Parameter) -> str:
 
 
 def _kind(annotation: Any) -> str:
-    """An annotation as it is written, without the modules that its names come from."""
+    """An annotation as it is written, without the names of modules."""
     text = _bare(annotation)
     for name, home in ALIASES.items():
         text = text.replace(_bare(getattr(import_module(f"swdlib.{home}"), name)), name)
@@ -106,7 +106,7 @@ def _bare(annotation: Any) -> str:
 
 
 def _text(thing: Any) -> str:
-    """A docstring as Markdown: its list of arguments as a list, its examples as code."""
+    """A docstring as Markdown, with its arguments as a list and its examples as code."""
     parts = []
     for block in (inspect.getdoc(thing) or "").split("\n\n"):
         if block.startswith(">>>"):
@@ -125,7 +125,7 @@ def _arguments(block: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text in which only backticks mean anything to Markdown."""
+    """Return text whose only signs of Markdown are backticks."""
     pieces = text.split("`")
     pieces[::2] = [re.sub(r"([*_$<\[\]|])", r"\\\1", piece) for piece in pieces[::2]]
     return "`".join(pieces)

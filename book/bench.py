@@ -1,8 +1,8 @@
-"""Measure what selection costs, beside what the memory allows: `make bench` calls this file.
+"""Measure what selection costs, compared with what memory allows: `make bench` calls this file.
 
-Everything in a section was measured in one run, in turns, and is given as a median. Ratios carry
-over to other machines, milliseconds do not. Nothing is downloaded: pixels are drawn at random. On a
-machine that others use too, OMP_NUM_THREADS=1 makes it count the processor time of one thread.
+The measures of a section take turns in one run, and the table has their medians. Ratios carry over
+to other machines, milliseconds do not. Nothing is downloaded: pixels are random. On a shared
+machine, OMP_NUM_THREADS=1 makes it count the processor time of a single thread.
 """
 
 import argparse
@@ -57,7 +57,7 @@ Timed = tuple[Callable[[], object], Callable[[], Any]]  # what is done before, a
 
 
 class Rest(torch.optim.Optimizer):
-    """An optimizer that does nothing, so that a step costs what has joined it."""
+    """An optimizer that does nothing, so that a step costs what its hooks cost."""
 
     def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -67,12 +67,12 @@ class Rest(torch.optim.Optimizer):
 
 
 def clock() -> float:
-    """Seconds; those of this process alone where a single thread works: others do not count."""
+    """Seconds; with a single thread those of this process, so that other programs do not count."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def clock_of_all() -> float:
-    """As `clock`, but where a single thread works with the time of the workers that have ended."""
+    """As `clock`, but with a single thread workers that have ended count as well."""
     used = os.times()
     of_all = used.user + used.system + used.children_user + used.children_system
     return of_all if torch.get_num_threads() == 1 else time.perf_counter()
@@ -83,7 +83,7 @@ def nothing() -> None:
 
 
 def medians(functions: Mapping[str, Timed], rounds: int) -> dict[str, float]:
-    """Milliseconds that each takes: all in turns, the median of some rounds."""
+    """The median milliseconds of each function over rounds in which they take turns."""
 
     def timed(before: Callable[[], object], function: Callable[[], Any]) -> float:
         before()
@@ -93,19 +93,19 @@ def medians(functions: Mapping[str, Timed], rounds: int) -> dict[str, float]:
 
 
 def milliseconds(function: Callable[[], Any], now: Callable[[], float] = clock) -> float:
-    """What a call takes."""
+    """The duration of a call."""
     start = now()
     function()
     return 1e3 * (now() - start)
 
 
 def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each measures in some rounds, in which all have their turn."""
-    taken: dict[str, list[float]] = {name: [] for name in measures}
+    """The median of each measure over rounds in which they take turns."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
-            taken[name].append(measure())
-    return {name: statistics.median(values) for name, values in taken.items()}
+            found[name].append(measure())
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def with_gradients(model: nn.Module) -> nn.Module:
@@ -115,18 +115,16 @@ def with_gradients(model: nn.Module) -> nn.Module:
     return model
 
 
-def joined(model: nn.Module, compiled: bool = False, **settings: Any) -> Callable[[], None]:
+def penalised(model: nn.Module, **settings: Any) -> Callable[[], None]:
     """A step of training that consists of the penalty alone."""
     penalty = SelectiveWeightDecay(model, **{"sparsity": 0.9, "steps": 10**6, **settings})
-    if compiled:
-        penalty.compile()
     optimizer = Rest(model.parameters())
     penalty.attach(optimizer)
     return optimizer.step
 
 
 def moving(model: nn.Module) -> Callable[[], None]:
-    """What moves weights as a step of SGD does: a little noise and a little decay."""
+    """A function that moves weights as a step of SGD does: a little noise and a little decay."""
 
     @torch.no_grad()
     def move() -> None:
@@ -138,88 +136,82 @@ def moving(model: nn.Module) -> Callable[[], None]:
 
 @torch.no_grad()
 def jump(model: nn.Module) -> None:
-    """Change all weights as if others were loaded."""
+    """Replace all weights, as loading others would."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02 + 0.03 * float(torch.rand(())))
 
 
 def naive(model: nn.Module, sparsity: float = 0.9, scale: float = 5e-5) -> None:
-    """The plain way: sort all weights, mask what lies under the threshold, differentiate."""
+    """The plain way: sort all weights, mask those below the threshold, differentiate."""
     weights = [p for p in model.parameters() if p.ndim >= 2]
     ordered = torch.cat([w.detach().abs().flatten() for w in weights]).sort().values
     threshold = ordered[round(sparsity * len(ordered))]
-    chosen = [w * (w.detach().abs() < threshold) for w in weights]
-    (0.5 * scale * torch.stack([c.square().sum() for c in chosen]).sum()).backward()
+    selected = [w * (w.detach().abs() < threshold) for w in weights]
+    (0.5 * scale * torch.stack([w.square().sum() for w in selected]).sum()).backward()
 
 
 def resnet50_steps(rounds: int) -> list[Row]:
-    """Exact selection and update of ResNet-50's weights against a copy and the plain way."""
+    """Exact selection and update of ResNet-50's weights, compared with a copy and the plain way."""
     model = with_gradients(resnet50())
     move = moving(model)
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim >= 2])
-    # Written, since memory that never was is no memory: it is read as one page of zeros.
+    # Memory that was never written would be read from a single page of zeros.
     gradients, first, second = (torch.ones_like(weights) for _ in range(3))
 
-    def copy() -> None:  # reads twice and writes twice what is read three times and written once
+    def copy() -> None:  # as many bytes as SWD, which reads three arrays and writes one
         first.copy_(weights)
         second.copy_(gradients)
 
-    steps = {name: joined(model, compiled=name == "compiled") for name in ("eager", "compiled")}
-    for step in steps.values():
-        step()
-    usual = medians(
-        {"copy": (move, copy), **{n: (move, step) for n, step in steps.items()}}, rounds
-    )
-    jumps = medians({n: (lambda: jump(model), step) for n, step in steps.items()}, rounds)
-    fresh = [joined(model) for _ in range(rounds)]
-    opened = medians({"first": (move, lambda: fresh.pop()())}, rounds)
-    plain = medians({"naive": (nothing, lambda: naive(model))}, max(2, rounds // 5))["naive"]
-    rows = [row("copy of the same bytes", usual["copy"], "ms"), row("plain way", plain, "ms")]
-    for name, goal in (("eager", 2.5), ("compiled", 1.3)):
-        rows += [
-            row(f"select and update, {name}", usual[name], "ms"),
-            row(f"select and update, {name}, to a copy", usual[name] / usual["copy"], "x", goal),
-            row(f"plain way to select and update, {name}", plain / usual[name], "x", least=100),
-            row(f"step after a jump to a usual one, {name}", jumps[name] / usual[name], "x", 3),
-        ]
+    step = penalised(model)
+    step()
+    copied, usual = medians({"copy": (move, copy), "step": (move, step)}, rounds).values()
+    [jumped] = medians({"step": (lambda: jump(model), step)}, rounds).values()
+    fresh = [penalised(model) for _ in range(rounds)]
+    [first_step] = medians({"step": (move, lambda: fresh.pop()())}, rounds).values()
+    [plain] = medians({"plain": (nothing, lambda: naive(model))}, max(2, rounds // 5)).values()
     return [
-        *rows,
-        row("first step to a usual one, eager", opened["first"] / usual["eager"], "x", 3),
+        row("copy of the same bytes", copied, "ms"),
+        row("plain way", plain, "ms"),
+        row("select and update, eager", usual, "ms"),
+        row("select and update, eager, to a copy", usual / copied, "x", 2.5),
+        row("plain way to select and update, eager", plain / usual, "x", least=100),
+        row("step after a jump to a usual one, eager", jumped / usual, "x", 3),
+        row("first step to a usual one, eager", first_step / usual, "x", 3),
     ]
 
 
 def layers(number: int) -> nn.Module:
-    """Ten matrices that have so many weights in all."""
+    """Ten matrices with `number` weights in all."""
     return nn.ParameterList([nn.Parameter(torch.empty(10, number // 100)) for _ in range(10)])
 
 
 def against_size(rounds: int) -> list[Row]:
-    """Nanoseconds a weight of a step, by the number of weights."""
+    """Nanoseconds per weight of a step, by the number of weights."""
     rows = []
     for number in SIZES:
         model = layers(number)
         jump(model)
         with_gradients(model)
-        step = joined(model)
+        step = penalised(model)
         step()
-        taken = medians({"step": (moving(model), step)}, max(3, rounds // (number // 10**7 + 1)))
-        rows.append(row(f"a step of {number:,} weights", 1e6 * taken["step"] / number, "ns/weight"))
+        times = medians({"step": (moving(model), step)}, max(3, rounds // (number // 10**7 + 1)))
+        rows.append(row(f"a step of {number:,} weights", 1e6 * times["step"] / number, "ns/weight"))
     return rows
 
 
 def extra_memory() -> list[Row]:
-    """The most that steps hold at a time, in copies of the largest tensor."""
+    """The peak memory of steps, in copies of the largest tensor."""
     held = held_by_steps(layers(3 * 10**7)) / (4 * 3 * 10**6)
     return [row("extra memory, in copies of the largest tensor", held, "x", 1)]
 
 
 def held_by_steps(model: nn.Module, steps: int = 3) -> int:
-    """The most bytes that steps ask of torch at a time, and of NumPy and Python, added up.
+    """The peak of the bytes that steps allocate in torch, plus that of NumPy and Python.
 
-    What the system gives the process instead depends on its pages and on other threads.
+    The memory of the process would depend on the system's pages and on other threads.
     """
     jump(model)
-    step = joined(with_gradients(model))
+    step = penalised(with_gradients(model))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         tracemalloc.start()
         for _ in range(steps):
@@ -232,26 +224,26 @@ def held_by_steps(model: nn.Module, steps: int = 3) -> int:
 
 
 def structured(rounds: int) -> list[Row]:
-    """What it costs to choose the filters of ResNet-50 that go, and a step with the update."""
+    """What it costs to select filters of ResNet-50, and what a step with the update costs."""
     model = with_gradients(resnet50())
     structure = filters(torch.zeros(2, 3, 64, 64))
     groups = structure(model)
     functions: dict[str, Timed] = {}
     for criterion in (batch_norm_scale, magnitude):
-        step = joined(model, sparsity=0.5, structure=structure, criterion=criterion)
+        step = penalised(model, sparsity=0.5, structure=structure, criterion=criterion)
         functions[criterion.__name__] = (nothing, partial(select_units, groups, 0.5, criterion))
         functions[f"{criterion.__name__}, step"] = (nothing, step)
     functions["masks"] = (
         nothing,
         partial(removed_weights, groups, select_units(groups, 0.5, batch_norm_scale)),
     )
-    taken = medians(functions, rounds)
+    times = medians(functions, rounds)
     return [
-        row("choice of ResNet-50's filters by their scales", taken["batch_norm_scale"], "ms", 5),
-        row("choice of ResNet-50's filters by magnitude", taken["magnitude"], "ms"),
-        row("which weights leave with ResNet-50's filters", taken["masks"], "ms"),
-        row("select and update filters by scales", taken["batch_norm_scale, step"], "ms"),
-        row("select and update filters by magnitude", taken["magnitude, step"], "ms"),
+        row("choice of ResNet-50's filters by their scales", times["batch_norm_scale"], "ms", 5),
+        row("choice of ResNet-50's filters by magnitude", times["magnitude"], "ms"),
+        row("which weights leave with ResNet-50's filters", times["masks"], "ms"),
+        row("select and update filters by scales", times["batch_norm_scale, step"], "ms"),
+        row("select and update filters by magnitude", times["magnitude, step"], "ms"),
     ]
 
 
@@ -284,16 +276,16 @@ def pixels(count: int) -> Split:
 
 
 def training(rounds: int) -> list[Row]:
-    """Steps of ResNet-20 on images of CIFAR-10's size, by ours and by a plain loop."""
+    """Steps of ResNet-20 on images of CIFAR-10's size, by `train` and by a plain loop."""
     data = Images(
         "random", "drawn", pixels(STEPS * 128), pixels(10_000), 10, MEAN, STD, 4, True, ""
     )
     model = build_model("resnet20")
     ways = {"ours": partial(our_step, data), "plain": partial(plain_step, data)}
-    our_step(replace(data, train=pixels(128)))  # imports what it needs
+    our_step(replace(data, train=pixels(128)))  # the first call imports what it needs
     ours, plain = in_turns(ways, max(3, rounds // 3)).values()
     batch = cycle_of(data)
-    step = joined(with_gradients(model))
+    step = penalised(with_gradients(model))
     step()
     small = {"data": (nothing, lambda: next(batch)), "penalty": (moving(model), step)}
     parts = medians(small, rounds)
@@ -338,7 +330,7 @@ def plain_step(data: Images) -> float:
 
 
 def evaluation(model: nn.Module, data: Images, rounds: int) -> list[Row]:
-    """Evaluation of 10,000 images, by ours, channels last, and by a plain loop."""
+    """Evaluation of 10,000 images, by `evaluate` with channels last and by a plain loop."""
     usual = deepcopy(model)
     model.to(memory_format=torch.channels_last)
 
@@ -351,18 +343,18 @@ def evaluation(model: nn.Module, data: Images, rounds: int) -> list[Row]:
         return correct / len(data.test)
 
     ways = {"ours": lambda: evaluate(model, data), "plain": plain}
-    taken = in_turns(
+    ours, usual_way = in_turns(
         {name: partial(milliseconds, way, clock_of_all) for name, way in ways.items()}, rounds
-    )
-    ratio = taken["plain"] / taken["ours"]
-    return [row("plain way to ours, evaluation of 10,000 images", ratio, "x", least=1.3)]
+    ).values()
+    what = "plain way to ours, evaluation of 10,000 images"
+    return [row(what, usual_way / ours, "x", least=1.3)]
 
 
 def imports(rounds: int) -> list[Row]:
     """Seconds that `import swdlib` takes beyond `import torch`."""
     clock = "import time; import torch; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
-    taken = [float(in_python(clock.format("import swdlib"))) for _ in range(rounds)]
-    return [row("import swdlib beyond import torch", statistics.median(taken), "s", 0.3)]
+    seconds = [float(in_python(clock.format("import swdlib"))) for _ in range(rounds)]
+    return [row("import swdlib beyond import torch", statistics.median(seconds), "s", 0.3)]
 
 
 def in_python(script: str, cwd: Path = STORED.parents[2]) -> str:
@@ -391,10 +383,10 @@ def on_gpu(rounds: int) -> list[Row]:
         torch.cuda.synchronize()
 
     learn()
-    step = joined(model)
+    step = penalised(model)
     choose()
-    taken = medians({"step": (nothing, learn), "penalty": (nothing, choose)}, rounds)
-    share = 100 * taken["penalty"] / taken["step"]
+    times = medians({"step": (nothing, learn), "penalty": (nothing, choose)}, rounds)
+    share = 100 * times["penalty"] / times["step"]
     return [row("share of a step of ResNet-50 in bf16 on a GPU", share, "%", 1)]
 
 
@@ -419,7 +411,7 @@ def line(row: Row) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """With what and on what this is measured."""
+    """The software and hardware of the measurement."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -431,7 +423,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name where Linux tells it."""
+    """The processor's name: on Linux its model."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -453,7 +445,9 @@ def main() -> None:
     """Measure, print a table and store it, a section at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; none: all")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of which medians are taken")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="rounds of which the medians are given"
+    )
     parser.add_argument("--to", type=Path, default=STORED, help="the file that is written")
     options = parser.parse_args()
     for name in options.sections or SECTIONS:

@@ -1,8 +1,8 @@
 """Run the book's notebooks and build its pages: `make book` and `make notebook` call this file.
 
-The notebooks are stored without outputs. They run through papermill in a copy of the book, under
-_build, where Jupyter Book then turns them into pages without running anything again. What a page
-says of its own making (`reruns`) and the API reference (`api`) are written into that copy.
+The notebooks are stored without outputs. Papermill runs them in a copy of the book under _build,
+which Jupyter Book then turns into pages without running anything again. How to rerun each page
+(`reruns`) and the API reference (`api`) are written into that copy.
 """
 
 import argparse
@@ -57,7 +57,7 @@ NOT_STAGED = (
     "checkpoints",
 )
 PICTURES = {"image/svg+xml", "image/png", "text/html"}
-MADE_ANEW = Path("records", "smoke")
+RERUN = Path("records", "smoke")  # every build does these runs again
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,15 +101,14 @@ def value_of(text: str) -> Any:
 def build(book: Path, target: Path, profile: str = "smoke") -> Path:
     """Run the notebooks of `book`, build it in `target`/_build, and return the first page."""
     if profile == "smoke":
-        # Its networks are too small to share: threads that wait for each other cost more.
+        # Its networks are too small for several threads, which would wait for each other.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     stage = target / "_build" / "stage"
     copy_sources(book, stage)
-    # One more at a time than there are processors, as kernels that start or end wait most of the
-    # time; but large runs take the machine for themselves. In threads, papermill would leave its
-    # event loops open.
+    # One more at a time than there are processors, as kernels that start or end mostly wait; large
+    # runs have the machine to themselves. In threads, papermill would leave its event loops open.
     jobs = (os.cpu_count() or 1) + 1 if profile == "smoke" else 1
-    begin = kernels.share_imports if profile == "smoke" else None  # to be copied, it has one thread
+    begin = kernels.share_imports if profile == "smoke" else None  # a fork needs a single thread
     with ProcessPoolExecutor(jobs, get_context("spawn"), begin) as pool:
         runs = list(pool.map(partial(run_page, book, stage, profile), notebook_names(book)))
     fill(stage, runs)
@@ -119,15 +118,15 @@ def build(book: Path, target: Path, profile: str = "smoke") -> Path:
 
 
 def run_page(book: Path, stage: Path, profile: str, name: str) -> reruns.Run:
-    """Run a notebook of `book` in `stage`, and say below its parameters how it was made."""
+    """Run a notebook of `book` in `stage` and add the box on how to rerun it."""
     source, staged = book / f"{name}.ipynb", stage / f"{name}.ipynb"
     known = {"profile": profile} if "profile" in parameters_of(source) else {}
     if profile != "smoke":
-        known |= place_of_data(source, {})
+        known |= absolute_data_root(source, {})
     run = execute(source, staged, known, folder=stage)
     check_outputs(staged)
     shutil.copy(source, stage / "data" / name)
-    # A run that ends meanwhile leaves a record that is not staged.
+    # Records that other runs write during the build are not staged.
     run.files = [str(p) for p in within(run.files, (book, stage)) if (stage / p).is_file()]
     reruns.zip_files(run, stage)
     insert_box(staged, run)
@@ -141,14 +140,14 @@ def run_one(name: str, parameters: dict[str, Any], output: Path) -> Path:
     target = output / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     source = BOOK / f"{name}.ipynb"
-    execute(source, target, parameters | place_of_data(source, parameters), folder=BOOK)
+    execute(source, target, parameters | absolute_data_root(source, parameters), folder=BOOK)
     return target
 
 
-def place_of_data(notebook: Path, given: dict[str, Any]) -> dict[str, str]:
-    """Return `data_root` as a path that holds in any folder, if the notebook has runs that need it.
+def absolute_data_root(notebook: Path, given: dict[str, Any]) -> dict[str, str]:
+    """Return `data_root` as an absolute path if the notebook has runs that need it.
 
-    Unless another is `given`, seen from here, it is where the command line looks: ./data.
+    If none is `given`, it is `data` in the repository.
     """
     if given.get("data_root"):
         return {"data_root": str(Path(given["data_root"]).resolve())}
@@ -157,10 +156,10 @@ def place_of_data(notebook: Path, given: dict[str, Any]) -> dict[str, str]:
 
 
 def copy_sources(book: Path, stage: Path) -> None:
-    """Copy the book to a fresh folder; runs of an earlier build are left behind."""
+    """Copy the book to a fresh folder, without the runs of an earlier build."""
     shutil.rmtree(stage, ignore_errors=True)
     shutil.copytree(book, stage, ignore=shutil.ignore_patterns(*NOT_STAGED))
-    shutil.rmtree(stage / MADE_ANEW, ignore_errors=True)
+    shutil.rmtree(stage / RERUN, ignore_errors=True)
 
 
 def notebook_names(book: Path) -> list[str]:
@@ -189,7 +188,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], folder: Path
     carry_out = partial(run_cells, source, target, parameters, folder)
     try:
         carry_out()
-    except DeadKernelError:  # it began, and died of what it ran
+    except DeadKernelError:  # it had started: running it again would not help
         raise
     except RuntimeError as error:
         print(f"{source.name} once more: {error}", flush=True)
@@ -204,7 +203,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], folder: Path
 def run_cells(source: Path, target: Path, parameters: dict[str, Any], folder: Path) -> None:
     """Run a notebook with the cells of `probes` and write it with its outputs.
 
-    RuntimeError if its kernel does not begin: another program may have taken a port meant for it.
+    RuntimeError if its kernel does not start: another program may use a port meant for it.
     """
     nbformat.write(probes.added(source), target)
     papermill.execute_notebook(
@@ -213,9 +212,9 @@ def run_cells(source: Path, target: Path, parameters: dict[str, Any], folder: Pa
 
 
 def within(files: list[str], folders: tuple[Path, ...]) -> list[Path]:
-    """Return the files that come with the book, relative to it; folders that it has are `folders`.
+    """Return those files that come with the book, relative to whichever of `folders` they are in.
 
-    What runs left there is not of the book.
+    Records of the profile smoke and files that are not staged are left out.
     """
     found = [
         Path(file).relative_to(folder.resolve())
@@ -223,23 +222,23 @@ def within(files: list[str], folders: tuple[Path, ...]) -> list[Path]:
         for folder in folders
         if Path(file).is_relative_to(folder.resolve())
     ]
-    own = (path for path in found if not path.is_relative_to(MADE_ANEW))
+    own = (path for path in found if not path.is_relative_to(RERUN))
     return sorted({path for path in own if not set(path.parts) & set(NOT_STAGED)})
 
 
 def insert_box(notebook: Path, run: reruns.Run) -> None:
-    """Say below a notebook's first code cells, its parameters, how to rerun it."""
+    """Insert the box on how to rerun a notebook below its first code cells, the parameters."""
     content = nbformat.read(notebook, as_version=4)
     kinds = [cell.cell_type for cell in content.cells]
-    place = next(
+    after = next(
         (i for i in range(kinds.index("code"), len(kinds)) if kinds[i] != "code"), len(kinds)
     )
-    content.cells.insert(place, nbformat.v4.new_markdown_cell(reruns.box(run)))
+    content.cells.insert(after, nbformat.v4.new_markdown_cell(reruns.box(run)))
     nbformat.write(content, notebook)
 
 
 def fill(stage: Path, runs: list[reruns.Run]) -> None:
-    """Put what is generated in the place of the lines `% generated: ...` of the staged pages."""
+    """Replace the lines `% generated: ...` of the staged pages."""
     records = stage / "records"
     parts: dict[str, Any] = {
         "api": api.reference,
@@ -254,7 +253,7 @@ def fill(stage: Path, runs: list[reruns.Run]) -> None:
     }
     for page in stage.glob("*.md"):
         text = re.sub(
-            r"^% generated: (\w+) ?(\w*)$",
+            r"^% generated: (\w+) ?([\w.]*)$",
             lambda found: parts[found[1]](*filter(None, [found[2]])),
             page.read_text("utf-8"),
             flags=re.MULTILINE,
@@ -285,7 +284,7 @@ def check_outputs(notebook: Path) -> None:
 
 
 def missing(cell: Any) -> str:
-    """Return what a cell of code should show and does not; nothing if all is there."""
+    """Return what kind of output a code cell should show and does not, or an empty string."""
     shown = {output.get("name", output.output_type) for output in cell.outputs}
     shown |= {kind for output in cell.outputs for kind in output.get("data", {})}
     source = TransformerManager().transform_cell(cell.source)  # magics as plain Python
@@ -311,7 +310,7 @@ def function_of(line: ast.stmt) -> str:
 
 
 def strip(book: Path) -> None:
-    """Rewrite the stored notebooks without what a run leaves in them."""
+    """Rewrite the stored notebooks without the traces of a run."""
     for path in (book / f"{name}.ipynb" for name in notebook_names(book)):
         fresh = path.with_suffix(".tmp")
         fresh.write_text(stripped(path), encoding="utf-8")
@@ -321,7 +320,7 @@ def strip(book: Path) -> None:
 def stripped(path: Path, repository: dict[str, str] | None = None) -> str:
     """Return the text of a notebook without outputs, counts and the traces of a run.
 
-    With the address of the `repository`, by default as _config.yml has it, comes `install_cell`.
+    If the `repository`, by default that of _config.yml, has an address, `install_cell` is added.
     """
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = installing(notebook.cells, repository or repository_of(ROOT / "_config.yml"))
@@ -335,16 +334,16 @@ def stripped(path: Path, repository: dict[str, str] | None = None) -> str:
 
 
 def repository_of(config: Path) -> dict[str, str]:
-    """Return what _config.yml says of the repository; its `url` is empty if there is none."""
+    """Return the repository's entry in _config.yml; its `url` may be empty."""
     found: dict[str, str] = yaml.safe_load(config.read_text("utf-8"))["repository"]
     return found
 
 
 def installing(cells: list[Any], repository: dict[str, str]) -> list[Any]:
-    """Put the install cell before the first one of code, or take it away if there is no address."""
+    """Put the install cell before the first code cell, or remove it if there is no address."""
     own = [cell for cell in cells if INSTALLS not in cell.metadata.get("tags", [])]
-    place = next((i for i, cell in enumerate(own) if cell.cell_type == "code"), len(own))
-    return own[:place] + [install_cell(repository)] * bool(repository["url"]) + own[place:]
+    first = next((i for i, cell in enumerate(own) if cell.cell_type == "code"), len(own))
+    return own[:first] + [install_cell(repository)] * bool(repository["url"]) + own[first:]
 
 
 def install_cell(repository: dict[str, str]) -> Any:
@@ -358,12 +357,12 @@ def make_pages(stage: Path, config: Path, target: Path) -> Path:
     """Build the staged pages with warnings as errors and return the first page."""
     html = target / "_build" / "html"
     shutil.rmtree(html, ignore_errors=True)
-    # By its module: where the command is installed depends on the system.
+    # By its module, since the path of the command depends on the system.
     tool = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     strict = ["--all", "-W", "-n", "--keep-going", "-q"]
-    places = ["--config", str(config), "--path-output", str(target)]
-    command = [*tool, "build", str(stage), *strict, *places]
-    # Warnings go to stderr; what is left is advice on where the pages are.
+    paths = ["--config", str(config), "--path-output", str(target)]
+    command = [*tool, "build", str(stage), *strict, *paths]
+    # Warnings go to stderr; stdout only says where the pages are.
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise ValueError("the pages could not be built without warnings; they are listed above")
     return html / "index.html"

@@ -1,7 +1,7 @@
-"""Kernels of notebooks that begin as copies of one process, which has imported their libraries.
+"""Kernels of notebooks that start as forks of one process, which has imported their libraries.
 
-A new kernel spends some five seconds on the import of torch, seaborn and scikit-learn, and the book
-has twenty. A copy has them already; all else that a kernel has is its own.
+A new kernel spends some five seconds on importing torch, seaborn and scikit-learn, and the book has
+twenty. A fork shares these imports and nothing else.
 """
 
 import atexit
@@ -18,7 +18,7 @@ from typing import Any
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-COPIED = sys.platform == "linux"  # elsewhere a copy of a process that has imported torch can fail
+CAN_FORK = sys.platform == "linux"  # elsewhere a fork of a process that has imported torch can fail
 IMPORTED = (
     "ipykernel.kernelapp",
     "sklearn.datasets",
@@ -28,22 +28,22 @@ IMPORTED = (
 
 
 def share_imports() -> None:
-    """Let each kernel that this process starts from now on begin as such a copy."""
-    if COPIED:
-        # Read when matplotlib is imported; a kernel would have set it before.
+    """Start each kernel of this process as such a fork from now on."""
+    if CAN_FORK:
+        # Matplotlib reads it at its import, and a new kernel would have set it before.
         os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         get_context("forkserver").set_forkserver_preload(list(IMPORTED))
         factory = KernelProvisionerFactory.instance()
-        entry = EntryPoint("copied", f"{__name__}:CopiedKernel", factory.GROUP_NAME)
+        entry = EntryPoint("forked", f"{__name__}:ForkedKernel", factory.GROUP_NAME)
         factory.provisioners[entry.name] = entry
         factory.default_provisioner_name = entry.name
 
 
-class CopiedKernel(LocalProvisioner):
-    """Starts a kernel as a copy, where jupyter_client would start a program."""
+class ForkedKernel(LocalProvisioner):
+    """Starts a kernel as a fork, where jupyter_client would start a program."""
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
-        """Start the kernel that the command line `cmd` asks for, and return where to reach it."""
+        """Start the kernel of the command line `cmd` and return its connection."""
         file = cmd[cmd.index("-f") + 1]
         self.process: Any = Child(file, kwargs["env"], str(kwargs.get("cwd") or os.getcwd()))
         self.pid = self.pgid = self.process.pid
@@ -51,7 +51,7 @@ class CopiedKernel(LocalProvisioner):
 
 
 class Child:
-    """The copy, with the methods of subprocess.Popen that jupyter_client uses."""
+    """The fork, with the methods of subprocess.Popen that jupyter_client uses."""
 
     stdin = stdout = stderr = None
 
@@ -83,8 +83,8 @@ class Child:
 
 
 def serve(file: str, env: dict[str, str], folder: str) -> None:
-    """Be the kernel of the connection `file`, with these variables, in this folder."""
-    os.setsid()  # so that an interrupt reaches what the kernel has started
+    """Run as the kernel of the connection `file`, with these variables, in this folder."""
+    os.setsid()  # so that an interrupt reaches the processes that the kernel has started
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.clear()
@@ -94,16 +94,16 @@ def serve(file: str, env: dict[str, str], folder: str) -> None:
     from ipykernel.kernelapp import launch_new_instance
 
     try:
-        # Its parent, the server of copies, tells it nothing: see `follow`. Kernels warn that what
-        # they send to this machine alone is not encrypted.
+        # Its parent is the fork server: `follow` watches the process that asked for the kernel. At
+        # a lower level, a kernel warns that its connection, which stays local, is not encrypted.
         options = ["--IPKernelApp.parent_handle=1", "--IPKernelApp.log_level=ERROR"]
         launch_new_instance(argv=["-f", file, *options])
     finally:
-        atexit._run_exitfuncs()  # such as removing temporary folders; a copy's end runs none
+        atexit._run_exitfuncs()  # a fork runs none at its end, such as those of temporary folders
 
 
 def forget() -> None:
-    """Leave what can be imported as it is in a new process, without this package."""
+    """Reset sys.path to that of a new process, and forget this package."""
     asked = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
     sys.path[:] = json.loads(subprocess.run(asked, capture_output=True, check=True).stdout)
     for name in [name for name in sys.modules if name.split(".")[0] == __package__]:
@@ -111,7 +111,7 @@ def forget() -> None:
 
 
 def follow() -> None:
-    """End when the process that asked for this kernel has ended."""
+    """Exit when the process that started this kernel has ended."""
     if parent := parent_process():
         parent.join()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""What a notebook draws and reads, told by two cells that are added for its run."""
+"""What a notebook draws and reads: two cells, added for its run alone, find out."""
 
 import json
 from pathlib import Path
@@ -6,24 +6,29 @@ from typing import Any
 
 import nbformat
 
+from book.in_kernel import CSV
 from book.reruns import Figure
-from swdlib.lab.notebooks import CSV
 from swdlib.lab.plots import for_both_grounds
 
 PROBE = "probe"  # the tag of these cells
 SVG = "image/svg+xml"
+FIRST = """\
+import sys
+
+sys.path.insert(0, {folder!r})
+import in_kernel
+
+del sys.path[0], sys
+in_kernel.keep_numbers()"""
+LAST = "import json\n\nprint(json.dumps(in_kernel.files_read()))"
 
 
 def added(source: Path) -> Any:
-    """Return a notebook with a cell before and one after it that tell what it draws and reads."""
+    """Return a notebook with a cell before and one after it that record what it draws and reads."""
     notebook = nbformat.read(source, as_version=4)
-    first = "from swdlib.lab.notebooks import keep_numbers\n\nkeep_numbers()"
-    last = (
-        "import json\n\nfrom swdlib.lab.notebooks import files_read\n\n"
-        "print(json.dumps(files_read()))"
-    )
+    first = FIRST.format(folder=str(Path(__file__).resolve().parent))
     before, after = (
-        nbformat.v4.new_code_cell(code, metadata={"tags": [PROBE]}) for code in (first, last)
+        nbformat.v4.new_code_cell(code, metadata={"tags": [PROBE]}) for code in (first, LAST)
     )
     notebook.cells = [before, *notebook.cells, after]
     return notebook
@@ -41,7 +46,7 @@ def files_read(notebook: Any) -> list[str]:
 def numbers_drawn(notebook: Any, root: Path, folder: str) -> list[Figure]:
     """Move the numbers of figures from the outputs of a notebook to files in `root`/`folder`.
 
-    The figures are made fit for dark pages.
+    The figures are made readable on dark pages.
     """
     (root / folder).mkdir(parents=True, exist_ok=True)
     figures: list[Figure] = []

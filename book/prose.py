@@ -1,4 +1,4 @@
-"""Prose: a chapter's Markdown block by block, for pages that Sphinx does not make."""
+"""A chapter's Markdown block by block, for pages that Sphinx does not make."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ from book._ext.quiz import answers_in
 class Block:
     """A heading, paragraph, box, mistake, quiz or folded part; `block` is any other: list, formula.
 
-    `text` is Markdown: of a heading or paragraph all of it, of a box its title. `html` is what a
-    block holds.
+    `text` is Markdown: the whole heading or paragraph, or the title of a box. `html` is the content
+    of all other blocks.
     """
 
     kind: str
@@ -82,7 +82,7 @@ def _formula(content: str, options: dict[str, Any]) -> str:
 
 
 def _role(renderer: Any, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
-    """A role's text, without its target; of a citation, which Sphinx alone can name, the key."""
+    """A role's text without its target; of a citation, which only Sphinx can resolve, the key."""
     text = re.sub(r"\s*<[^<>]*>$", "", tokens[at].content)
     return escape(f"[{text}]" if tokens[at].meta["name"].startswith("cite") else text)
 

@@ -1,4 +1,4 @@
-"""How a page was made, as Markdown: its command, parameters, data, records, and what to expect."""
+"""How to rerun a page, as Markdown: its command, parameters, data, records, and what to expect."""
 
 import json
 import re
@@ -33,7 +33,7 @@ class Figure:
 
 @dataclass
 class Run:
-    """A notebook that ran: with which parameters, and what it drew and read.
+    """A run of a notebook: its parameters, and what it drew and read.
 
     `files` holds paths below the book's folder, as do the names of `figures`.
     """
@@ -48,7 +48,7 @@ class Run:
 
 
 def describe(source: Path, given: dict[str, Any]) -> Run:
-    """Return a run of the notebook `source`, of which nothing is known yet but its parameters."""
+    """Return a run of the notebook `source` with these parameters, without figures and files."""
     notebook = nbformat.read(source, as_version=4)
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     title = re.search(r"^# (.+)$", prose, re.MULTILINE)
@@ -63,7 +63,7 @@ def describe(source: Path, given: dict[str, Any]) -> Run:
 
 
 def box(run: Run) -> str:
-    """Return what a page says of its own making: folded, for a notebook's cell."""
+    """Return the folded box on how to rerun a page, for a notebook's cell."""
     parts = [
         ":::{dropdown} Rerun this page",
         f"It was made with\n\n```sh\n{command(run)}\n```",
@@ -108,7 +108,7 @@ def parameter_table(parameters: dict[str, Any]) -> str:
 
 
 def default(name: str, text: str) -> str:
-    """Return a parameter's default, and for None what a setting is filled with."""
+    """Return a parameter's default, and for None the value that `Config` fills in."""
     filled = getattr(Config(), name) if text == "None" and name in SETTINGS else None
     if filled is None:
         return f"`{text}`"
@@ -117,7 +117,7 @@ def default(name: str, text: str) -> str:
 
 
 def allowed(name: str) -> str:
-    """Return what the library takes for a setting, as it says itself when it refuses one."""
+    """Return the allowed values of a setting, in the words of the library's error."""
     setting = SETTINGS.get(name)
     if setting is None:
         return "–"
@@ -150,7 +150,7 @@ def file_link(path: str) -> str:
 
 
 def files_read(run: Run) -> str:
-    """Return a link a file, and one to all files of a folder from which many were read."""
+    """Return a link to each file, or one to a folder's files where many were read."""
     many = many_files(run)
     few = [file_link(path) for path in run.files if str(Path(path).parent) not in many]
     zipped = [
@@ -161,7 +161,7 @@ def files_read(run: Run) -> str:
 
 
 def many_files(run: Run) -> dict[str, list[str]]:
-    """Return the folders from which a page read too many files to list, with these files."""
+    """Return the folders from which a page read too many files to list, each with its files."""
     folders: dict[str, list[str]] = {}
     for path in run.files:
         folders.setdefault(str(Path(path).parent), []).append(path)
@@ -169,17 +169,17 @@ def many_files(run: Run) -> dict[str, list[str]]:
 
 
 def zip_of(run: Run, folder: str) -> str:
-    """Return the name of the file that holds what a page read from a folder."""
+    """Return the name of the zip file of what a page read from a folder."""
     return f"data/{run.name}/{folder.replace('/', '-')}.zip"
 
 
 def zip_files(run: Run, stage: Path) -> None:
-    """Write these files, to be downloaded at once; the same files give the same bytes."""
+    """Write the zip files of a page; the same files give the same bytes."""
     for folder, files in many_files(run).items():
         with ZipFile(stage / zip_of(run, folder), "w") as archive:
             for path in sorted(files):
-                info = ZipInfo(path)  # with a date that is always the same
-                info.external_attr = 0o644 << 16  # or else nobody may read what is unpacked
+                info = ZipInfo(path)  # its date is a constant
+                info.external_attr = 0o644 << 16  # the default lets nobody read what is unpacked
                 archive.writestr(info, (stage / path).read_bytes(), ZIP_DEFLATED)
 
 
@@ -192,11 +192,11 @@ def figure_list(run: Run) -> str:
     return "\n".join(lines)
 
 
-# The pages that say it of all pages
+# Lists of all pages, records and grids
 
 
 def every_chapter(runs: Iterable[Run]) -> str:
-    """Return the chapters in order, each with the time that reading it takes."""
+    """Return the chapters in order, each with its reading time."""
     lines = []
     for number, run in enumerate(runs, start=1):
         minutes = f" {run.minutes} minutes" if run.minutes else ""
@@ -219,7 +219,7 @@ def every_page(runs: Iterable[Run]) -> str:
 
 
 def every_record(folder: Path) -> str:
-    """Return a row a committed record: the file, and the command that makes it anew."""
+    """Return a row for each committed record: the file and the command that makes it again."""
     rows = []
     for path in committed(folder):
         record = load(path)
@@ -229,7 +229,7 @@ def every_record(folder: Path) -> str:
 
 
 def every_grid(folder: Path) -> str:
-    """Return a part for each grid file: how many runs, what for, and the command that does them."""
+    """Return a paragraph for each grid file: the number of runs, their purpose and the command."""
     parts = []
     for path in sorted(folder.glob("*.toml")):
         purpose, command, *_ = (line.strip("# ") for line in path.read_text("utf-8").splitlines())
@@ -240,7 +240,7 @@ def every_grid(folder: Path) -> str:
 
 
 def picture(folder: Path) -> str:
-    """Return the weights of a run of SWD on record, a slider over its epochs, and how it ended."""
+    """Return the weights of a committed run of SWD with a slider over its epochs, and its end."""
     config = Config(profile="laptop", recipe="swd", sparsity=0.98, lr=0.4, precision="bf16")
     path = path_of(config.settings(), folder)
     rows = load(path).rows
@@ -256,7 +256,7 @@ def picture(folder: Path) -> str:
 def committed(folder: Path) -> list[Path]:
     """Return the records that are listed one by one.
 
-    Those of the profile smoke are made anew, and the many of the ablations by one command.
+    Every build makes those of the profile smoke again, and one command makes all ablations.
     """
     apart = ("smoke", "ablations")
     return [
@@ -278,7 +278,7 @@ def shell(config: dict[str, Any]) -> str:
 
 
 def expected(folder: Path) -> str:
-    """Return what runs on record ended with on the test images: over seeds, mean and range."""
+    """Return the final test accuracy of the committed runs: mean and range over seeds."""
     ends: dict[str, list[float]] = {}
     sources = set()
     for record in map(load, committed(folder)):
@@ -300,7 +300,7 @@ def expected(folder: Path) -> str:
 
 
 def live(path: Path, runs: Iterable[Run]) -> str:
-    """Return a table for each page that runs live, of what it ended with over the seeds."""
+    """Return a table for each page that runs live, of its final numbers over the seeds."""
     titles = {run.name: run.title for run in runs}
     parts = []
     for page, section in json.loads(path.read_text("utf-8")).items():

@@ -1,8 +1,8 @@
-"""Slides: what the cells tagged `slide` of a chapter hold, as one file of HTML.
+"""Slides: the cells of a chapter that are tagged `slide`, as one HTML file.
 
-A heading, a common mistake and a question each begin a slide. It shows the first paragraph, then
-formulas, lists and tables with the sentence that leads to them, and what code shows. The notes hold
-the rest.
+Headings, common mistakes and questions each begin a slide. It shows the first paragraph, formulas,
+lists and tables with the sentence that introduces them, and the output of code. All other text is
+in the notes.
 """
 
 import re
@@ -21,14 +21,14 @@ from swdlib.lab.plots import for_both_grounds
 
 FILES = Path(__file__).parent / "_ext"
 LEFT_OUT = ("Parameters", "Check yourself", "Exercises")
-FULL = 3  # formulas, lists and tables; with so many, or with a picture, a slide is full
+FULL = 3  # a slide is full with so many formulas, lists and tables, or with a picture
 SENTENCE = re.compile(r"(?<=[.:?!)*])\s+(?=[A-Z*$`\[])")
 MATHJAX = '<script defer src="../_static/mathjax/tex-chtml.js"></script>'
 
 
 @dataclass
 class Slide:
-    """A title in Markdown; what is shown, as HTML, and what is said beside it."""
+    """A title in Markdown; what is shown and the notes, as HTML."""
 
     title: str
     shown: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ def write(stage: Path, target: Path) -> None:
 
 
 def listing(stage: Path, names: Sequence[str]) -> str:
-    """Return the decks of these notebooks, as a list in Markdown."""
+    """Return links to the decks of these notebooks, as a list in Markdown."""
     found = {name: slides_of(stage / f"{name}.ipynb") for name in names}
     return "\n".join(
         f'- <a href="slides/{name}.html">{inline(slides[0].title)}</a>, {len(slides)} slides'
@@ -79,8 +79,8 @@ def _add_prose(slides: list[Slide], found: list[Block]) -> None:
         elif block.kind == "paragraph":
             _add_paragraph(slides, block.text, leads=following.kind == "block")
         elif block.kind == "box":
-            told = re.sub(r"<p>Reading takes.*?</p>", "", block.html, flags=re.DOTALL)
-            slides[-1].shown += [f"<p><strong>{inline(block.text)}</strong></p>", told]
+            html = re.sub(r"<p>Reading takes.*?</p>", "", block.html, flags=re.DOTALL)
+            slides[-1].shown += [f"<p><strong>{inline(block.text)}</strong></p>", html]
         elif block.kind == "block":
             slide = _with_room(slides)
             slide.shown.append(block.html)
@@ -100,7 +100,7 @@ def _add_paragraph(slides: list[Slide], text: str, leads: bool) -> None:
 
 
 def _add_output(slides: list[Slide], html: str) -> None:
-    """A picture leaves no room for anything that comes after it."""
+    """Add an output; a picture fills the slide."""
     drawn = html.startswith("<img")
     slide = _with_room(slides) if "<img" in str(slides[-1].shown) else slides[-1]
     slide.shown.append(html)
@@ -115,7 +115,7 @@ def _with_room(slides: list[Slide]) -> Slide:
 
 
 def _shown(output: Any, cell: Any) -> str:
-    """An output as HTML: a picture, a table or text. What needs a script stays on the page."""
+    """An output as HTML: a picture, a table or text; nothing if it needs a script."""
     data = output.get("data", {})
     html = data.get("text/html", "")
     if svg := data.get("image/svg+xml") or _drawn(html):
@@ -129,7 +129,7 @@ def _shown(output: Any, cell: Any) -> str:
 
 
 def _drawn(html: str) -> str:
-    """The picture of runs in an output, whose points cannot be pointed at on a slide."""
+    """The static picture in the interactive figure of runs."""
     found = re.search(r'<div class="swd-runs">(<svg.*?</svg>)', html, re.DOTALL)
     return for_both_grounds(found[1]) if found else ""
 
@@ -139,11 +139,11 @@ def _text(text: str) -> str:
 
 
 def deck(name: str, slides: Sequence[Slide]) -> str:
-    """Return the deck of the chapter `name`: style and script are in it, formulas load MathJax."""
+    """Return the deck of the chapter `name` with its style and script; formulas need MathJax."""
     parts = "\n".join(_section(slide, "h2" if i else "h1") for i, slide in enumerate(slides))
     parts = re.sub(r'href="([\w-]+)\.(?:ipynb|md)\b', r'href="../\1.html', parts)
     parts = parts.replace('href="#', f'href="../{name}.html#')
-    parts = parts.replace("<pre><code", '<pre tabindex="0"><code')  # to be scrolled with keys
+    parts = parts.replace("<pre><code", '<pre tabindex="0"><code')  # so that keys scroll it
     values = {
         "title": re.sub("<[^>]+>", "", inline(slides[0].title)),
         "name": name,

@@ -31,7 +31,7 @@ def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
 def leave_out_thebe(app: Sphinx) -> None:
     """Stop sphinx_thebe, which Jupyter Book always loads, from adding its scripts to the pages.
 
-    They are made for a CDN, and one of them, added twice, is an error in the browser.
+    They need a CDN, and one of them is added twice, which is an error in the browser.
     """
     for event in ("env-before-read-docs", "doctree-resolved"):
         for listener in list(app.events.listeners[event]):

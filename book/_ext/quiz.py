@@ -1,4 +1,4 @@
-"""Questions to check oneself: `{quiz}` shows answers, each of which opens to say if it is right.
+"""Questions to check oneself: each answer of a `{quiz}` opens and says whether it is right.
 
     :::{quiz} How much is 1 + 1?
     - [ ] 3
@@ -7,8 +7,8 @@
       One and one more.
     :::
 
-An answer is a native <details>, which needs no script and works with the keyboard; on paper all are
-open.
+An answer is a <details> element, which needs no script and works with the keyboard. On paper all
+are open.
 """
 
 import re
@@ -31,7 +31,7 @@ class answer(nodes.General, nodes.Element):
 
 
 class chosen(nodes.General, nodes.TextElement):
-    """What is seen of an answer before it opens."""
+    """The text of an answer before it opens."""
 
 
 class Quiz(SphinxDirective):
@@ -67,9 +67,9 @@ class Quiz(SphinxDirective):
 
 
 def answers_in(lines: list[str]) -> list[tuple[bool, str, str]]:
-    """Return each answer of a quiz: whether it is right, its text, and why.
+    """Return for each answer of a quiz whether it is right, its text, and why.
 
-    ValueError for a line that belongs to none, and for an answer that does not say why.
+    ValueError for a line outside of any answer, and for an answer without a reason.
     """
     answers: list[tuple[bool, str, str]] = []
     for line in filter(str.strip, lines):
@@ -86,24 +86,24 @@ def answers_in(lines: list[str]) -> list[tuple[bool, str, str]]:
 
 
 def open_question(self: Any, node: nodes.Element) -> None:
-    """Begin a question: a group that is named by its own text."""
+    """Begin a question: a group that is labelled by its own text."""
     name = f"question-{node['number']}"
     self.body.append(f'<div class="quiz" role="group" aria-labelledby="{name}">\n')
 
 
 def open_answer(self: Any, node: nodes.Element) -> None:
-    """Begin an answer; of those with one name, the browser opens one at a time."""
+    """Begin an answer; of those with the same name, the browser opens one at a time."""
     kind = "right" if node["right"] else "wrong"
     self.body.append(f'<details class="quiz-{kind}" name="quiz-{node["number"]}">\n')
 
 
 def open_summary(self: Any, node: nodes.Element) -> None:
-    """Begin what is seen of an answer."""
+    """Begin the text of an answer."""
     self.body.append("<summary>")
 
 
 def closing(tag: str) -> Callable[[Any, nodes.Element], None]:
-    """Return what ends an element."""
+    """Return a function that ends an element."""
 
     def close(self: Any, node: nodes.Element) -> None:
         self.body.append(f"</{tag}>\n")

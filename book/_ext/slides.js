@@ -6,7 +6,7 @@
     const slides = [...document.querySelectorAll("main > section")];
     const root = document.documentElement;
     const find = name => document.getElementById(name);
-    const EMPTY = 30; // pixels at the end of a slide, above the buttons, that hold nothing
+    const EMPTY = 30; // height of the empty end of a slide above the buttons, in pixels
     let at = 0;
 
     const show = number => {
@@ -20,7 +20,7 @@
     };
     const numberInAddress = () => (parseInt(location.hash.slice(1), 10) || 1) - 1;
 
-    // A slide that is taller than the window is read to its end, or start, before it is left.
+    // A slide that is taller than the window is scrolled to its end, or start, before it turns.
     const turn = direction => {
         const below = root.scrollHeight - root.clientHeight - window.scrollY;
         const left = direction > 0 ? below : window.scrollY;
@@ -59,7 +59,7 @@
         keys[event.key](event);
     });
 
-    // What is too wide for the slide is scrolled, by keys or a finger, and not left.
+    // Keys and swipes on an element that is wider than the slide scroll it and do not turn the slide.
     const scrolls = element => {
         const wide = element.closest?.(".wide, pre, mjx-container");
         return Boolean(wide) && wide.scrollWidth > wide.clientWidth;

@@ -13,7 +13,7 @@ EXACT = (nodes.literal, nodes.math, nodes.raw, nodes.FixedTextElement)  # code a
 
 
 def tie(app: Sphinx, page: nodes.document) -> None:
-    """Put a space that no line ends at between the two, in all prose of a page."""
+    """Use no-break spaces before percent signs in the prose of a page, and tie short formulas."""
     for text in list(page.findall(nodes.Text)):
         if not isinstance(text.parent, EXACT):
             text.parent.replace(text, nodes.Text(PERCENT.sub("\N{NO-BREAK SPACE}", text)))
@@ -24,11 +24,11 @@ def tie(app: Sphinx, page: nodes.document) -> None:
 
 def tie_marks(formula: nodes.math) -> None:
     """Put a formula and the marks right behind it into one element, which CSS does not break."""
-    parent, place = formula.parent, formula.parent.index(formula)
-    behind = "".join(node for node in parent[place + 1 : place + 2] if isinstance(node, nodes.Text))
+    parent, at = formula.parent, formula.parent.index(formula)
+    behind = "".join(node for node in parent[at + 1 : at + 2] if isinstance(node, nodes.Text))
     if marks := MARKS.match(behind):
         tied = nodes.inline("", "", formula, nodes.Text(marks[0]), classes=["nobreak"])
-        parent[place : place + 2] = [tied, nodes.Text(behind[marks.end() :])]
+        parent[at : at + 2] = [tied, nodes.Text(behind[marks.end() :])]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -6,45 +6,17 @@
   const SCALE = (SIZE - EDGE) / (HIGH - LOW);
   const spot = ([x, y]) => [EDGE + (x - LOW) * SCALE, (HIGH - y) * SCALE].map((n) => +n.toFixed(1));
 
-  const decades = (from, to, digits) =>
-    Array.from({ length: to - from }, (_, k) => digits.map((d) => +`${d}e${from + k}`)).flat();
-  const RANGES = {
-    aMin: ["a<sub>min</sub>, strength at the start", decades(-2, 6, [1, 3])],
-    aMax: ["a<sub>max</sub>, strength at the end", decades(0, 7, [1, 3])],
-    rate: ["learning rate", decades(-3, 0, [1, 1.5, 2, 3, 4, 5, 7])],
-  };
-  const TARGETS = {
-    smaller: "the smaller weight (sparsity ½)",
-    first: "always w₁ (sparsity ½)",
-    second: "always w₂ (sparsity ½)",
-    none: "none (sparsity 0)",
-  };
-  const UPDATES = { gradient: "gradient, as published", proximal: "proximal" };
-
-  const slider = (name, wanted) => {
-    const [label, values] = RANGES[name];
-    const gaps = values.map((value) => Math.abs(Math.log(value / wanted)));
-    const start = gaps.indexOf(Math.min(...gaps));
-    return `<label>${label}: <b></b><input type="range" name="${name}" min="0"
-      max="${values.length - 1}" value="${start}"></label>`;
-  };
-
-  const choice = (name, label, choices) => {
-    const options = Object.entries(choices).map(([key, words]) =>
-      `<option value="${key}">${words}</option>`);
-    return `<label>${label} <select name="${name}">${options.join("")}</select></label>`;
-  };
-
-  // With autocomplete, a browser that goes back would change the fields once the picture is drawn.
-  const controls = (problem) => `<form autocomplete="off">
-    ${Object.keys(RANGES).map((name) => slider(name, problem[name])).join("")}
-    ${choice("target", "target", TARGETS)}${choice("update", "update rule", UPDATES)}
-    <button type="reset">Reset</button></form>`;
-
-  const settingsOf = ({ elements }) => {
-    const chosen = Object.keys(RANGES).map((name) => [name, RANGES[name][1][elements[name].value]]);
-    const { target, update } = elements;
-    return { ...Object.fromEntries(chosen), target: target.value, update: update.value };
+  const FIELDS = {
+    aMin: { label: "a<sub>min</sub>, strength at the start", values: swdWidgets.decades(-2, 6, [1, 3]) },
+    aMax: { label: "a<sub>max</sub>, strength at the end", values: swdWidgets.decades(0, 7, [1, 3]) },
+    rate: { label: "learning rate", values: swdWidgets.decades(-3, 0, [1, 1.5, 2, 3, 4, 5, 7]) },
+    target: { label: "target", choices: {
+      smaller: "the smaller weight (sparsity ½)",
+      first: "always w₁ (sparsity ½)",
+      second: "always w₂ (sparsity ½)",
+      none: "none (sparsity 0)",
+    } },
+    update: { label: "update rule", choices: { gradient: "gradient, as published", proximal: "proximal" } },
   };
 
   const label = ([x, y], words, right = 8, down = 4) =>
@@ -90,30 +62,20 @@
       <polyline points="${line}"/>${marks(problem, points)}</svg>${frame()}`;
   };
 
-  const show = (problem, [svg, form, status, link]) => {
-    const settings = settingsOf(form);
-    for (const name of Object.keys(RANGES)) {
-      const value = settings[name].toLocaleString("en", { maximumSignificantDigits: 2 });
-      form.elements[name].setAttribute("aria-valuetext", value);
-      form.elements[name].previousElementSibling.textContent = value;
-    }
-    const run = swdModel.run(problem, settings);
-    const words = swdModel.describe(problem, settings, run);
-    svg.innerHTML = picture(problem, run);
-    svg.setAttribute("aria-label", `The path of SWD over a loss of two weights. ${words}`);
-    status.textContent = words;
-    link.href = `data:text/csv,${encodeURIComponent(swdModel.csv(problem, run))}`;
-  };
-
   document.querySelectorAll(".swd-model").forEach((element) => {
     const problem = JSON.parse(element.dataset.problem);
-    element.innerHTML = `<svg viewBox="0 0 ${SIZE} ${SIZE}" role="img"></svg>${controls(problem)}
-      <p role="status"></p><a download="path.csv">The weights at each step (CSV)</a>`;
-    const draw = () => show(problem, [...element.children]);
-    const form = element.querySelector("form");
-    form.addEventListener("input", draw);
-    form.addEventListener("submit", (event) => event.preventDefault());
-    form.addEventListener("reset", () => setTimeout(draw)); // once the fields are back
-    draw();
+    const parts = {
+      size: [SIZE, SIZE],
+      title: "The path of SWD over a loss of two weights",
+      fields: FIELDS,
+      start: problem,
+      file: "path.csv",
+      link: "The weights at each step",
+    };
+    swdWidgets.mount(element, parts, (settings) => {
+      const run = swdModel.run(problem, settings);
+      const words = swdModel.describe(problem, settings, run);
+      return { picture: picture(problem, run), words, csv: swdModel.csv(problem, run) };
+    });
   });
 })();

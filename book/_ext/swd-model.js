@@ -1,4 +1,4 @@
-// Selective Weight Decay on a quadratic loss of two weights, and what there is to say of a run.
+// Selective Weight Decay on a quadratic loss of two weights, and a description of a run.
 // The steps are those of swdlib's SelectiveWeightDecay with torch's plain SGD; a test compares them.
 "use strict";
 
@@ -55,7 +55,7 @@ const swdModel = (() => {
     return w;
   };
 
-  // Once weights are too far away they are not shown: soon they are no numbers.
+  // Weights that diverge are cut off before they overflow.
   const run = (problem, settings) => {
     const all = path(problem, settings);
     const end = all[all.length - 1];

@@ -1,21 +1,21 @@
-// Accuracy of runs: the line below the picture names the run behind the point that is meant.
+// Accuracy of runs: the line below the picture names the run of the point under the pointer.
 "use strict";
 
 document.querySelectorAll(".swd-runs").forEach((figure) => {
   const [svg, status] = figure.children;
   const points = [...svg.querySelectorAll(".run")];
 
-  const show = (meant) => {
-    points.forEach((point) => point.classList.toggle("shown", meant.includes(point)));
-    points.forEach((point) => { point.tabIndex = point === meant[0] ? 0 : -1; });
-    status.textContent = meant.map((point) => point.getAttribute("aria-label")).join("\n");
+  const show = (shown) => {
+    points.forEach((point) => point.classList.toggle("shown", shown.includes(point)));
+    points.forEach((point) => { point.tabIndex = point === shown[0] ? 0 : -1; });
+    status.textContent = shown.map((point) => point.getAttribute("aria-label")).join("\n");
   };
 
-  const SAME = 2; // of points that are so near to each other, no finger means one
+  const SAME = 2; // points that are so close to each other cannot be told apart by a finger
 
   const gap = (point, { x, y }) => Math.hypot(point.cx.baseVal.value - x, point.cy.baseVal.value - y);
 
-  // The nearest point, however far it is, and those that lie on it.
+  // The nearest point, at any distance, and those that coincide with it.
   const pick = ({ clientX, clientY }) => {
     const at = new DOMPoint(clientX, clientY).matrixTransform(svg.getScreenCTM().inverse());
     const gaps = points.map((point) => gap(point, at));
@@ -35,7 +35,7 @@ document.querySelectorAll(".swd-runs").forEach((figure) => {
   points.forEach((point) => point.querySelector("title").remove()); // the line says it
   svg.addEventListener("pointermove", (event) => { if (event.pointerType !== "touch") pick(event); });
   svg.addEventListener("click", pick);
-  // Not of the picture: Chromium lets an SVG take the focus that listens for it.
+  // Not on the picture: Chromium makes an SVG focusable that listens to focus events.
   figure.addEventListener("focusin", (event) => show([event.target]));
   figure.addEventListener("keydown", move);
 });

@@ -5,60 +5,30 @@
   const [LEFT, WIDTH, HEIGHT] = [40, 350, 180]; // of a panel; its left is room for numbers
   const PANELS = { strength: [26, -3, 7], product: [246, -10, 4] }; // top; powers of ten shown
 
-  const decades = (from, to, digits) =>
-    Array.from({ length: to - from }, (_, k) => digits.map((d) => +`${d}e${from + k}`)).flat();
-  const inNumbers = (value) => value.toLocaleString("en", { maximumSignificantDigits: 2 });
-  const inPercent = (value) => `${Math.round(100 * value)}\u00a0%`;
-  const RANGES = {
-    aMin: ["a<sub>min</sub>, strength at the start", decades(-2, 5, [1, 3]), inNumbers],
-    aMax: ["a<sub>max</sub>, strength at the end", decades(0, 7, [1, 3]), inNumbers],
-    growthEnd: ["growth ends at", Array.from({ length: 20 }, (_, k) => (k + 1) / 20), inPercent],
-    highest: ["highest learning rate", decades(-3, 0, [1, 1.5, 2, 3, 4, 5, 7]), inNumbers],
-  };
-  const CHOICES = {
-    growth: ["growth of the strength", {
+  const FIELDS = {
+    growth: { label: "growth of the strength", choices: {
       exponential: "exponential, as published",
       linear: "linear",
       cosine: "cosine",
       cubic: "cubic",
       per_step: "exponential in rate × a",
       constant: "none: a is a_max throughout",
-    }],
-    course: ["course of the learning rate", {
+    } },
+    aMin: { label: "a<sub>min</sub>, strength at the start", values: swdWidgets.decades(-2, 5, [1, 3]) },
+    aMax: { label: "a<sub>max</sub>, strength at the end", values: swdWidgets.decades(0, 7, [1, 3]) },
+    growthEnd: {
+      label: "growth ends at",
+      values: Array.from({ length: 20 }, (_, k) => (k + 1) / 20),
+      inWords: (value) => `${Math.round(100 * value)}\u00a0%`,
+    },
+    lrSchedule: { label: "learning-rate schedule", choices: {
       triangle: "up for a fifth, then down",
       steps: "a tenth at ⅓ and at ⅔",
       cosine: "half a cosine down",
       constant: "constant",
-    }],
-    nesterov: ["momentum of 0.9", { true: "Nesterov's", false: "heavy ball" }],
-  };
-
-  const slider = (name, wanted) => {
-    const [label, values] = RANGES[name];
-    const gaps = values.map((value) => Math.abs(Math.log(value / wanted)));
-    const start = gaps.indexOf(Math.min(...gaps));
-    return `<label>${label}: <b></b><input type="range" name="${name}" min="0"
-      max="${values.length - 1}" value="${start}"></label>`;
-  };
-
-  const choice = (name, wanted) => {
-    const [label, choices] = CHOICES[name];
-    const options = Object.entries(choices).map(([key, words]) =>
-      `<option value="${key}"${key === String(wanted) ? " selected" : ""}>${words}</option>`);
-    return `<label>${label} <select name="${name}">${options.join("")}</select></label>`;
-  };
-
-  // With autocomplete, a browser that goes back would change the fields once the picture is drawn.
-  const controls = (start) => `<form autocomplete="off">${choice("growth", start.growth)}
-    ${["aMin", "aMax", "growthEnd"].map((name) => slider(name, start[name])).join("")}
-    ${choice("course", start.course)}${slider("highest", start.highest)}
-    ${choice("nesterov", start.nesterov)}<button type="reset">Reset</button></form>`;
-
-  const settingsOf = (start, { elements }) => {
-    const chosen = Object.keys(RANGES).map((name) => [name, RANGES[name][1][elements[name].value]]);
-    const { growth, course, nesterov } = elements;
-    const words = { growth: growth.value, course: course.value, nesterov: nesterov.value === "true" };
-    return { ...start, ...Object.fromEntries(chosen), ...words };
+    } },
+    highest: { label: "highest learning rate", values: swdWidgets.decades(-3, 0, [1, 1.5, 2, 3, 4, 5, 7]) },
+    nesterov: { label: "momentum of 0.9", choices: { true: "Nesterov's", false: "heavy ball" } },
   };
 
   const across = (progress) => LEFT + progress * WIDTH;
@@ -108,35 +78,22 @@
       ${marked(rows, limit)}${foot()}`;
   };
 
-  const label = ({ elements }, settings) => {
-    for (const [name, [, , inWords]] of Object.entries(RANGES)) {
-      const value = inWords(settings[name]);
-      elements[name].setAttribute("aria-valuetext", value);
-      elements[name].previousElementSibling.textContent = value;
-    }
-    for (const name of ["aMin", "growthEnd"]) elements[name].disabled = settings.growth === "constant";
-  };
-
-  const show = (start, [svg, form, status, link]) => {
-    const settings = settingsOf(start, form);
-    label(form, settings);
-    const run = swdSchedule.run(settings);
-    const words = swdSchedule.describe(settings, run);
-    svg.innerHTML = picture(settings, run);
-    svg.setAttribute("aria-label", `The strength, and its product with learning rate and μ, over training. ${words}`);
-    status.textContent = words;
-    link.href = `data:text/csv,${encodeURIComponent(swdSchedule.csv(run))}`;
-  };
-
   document.querySelectorAll(".swd-schedule").forEach((element) => {
     const start = JSON.parse(element.querySelector("[data-start]").dataset.start);
-    element.innerHTML = `<svg viewBox="0 0 400 464" role="img"></svg>${controls(start)}
-      <p role="status"></p><a download="schedule.csv">The numbers at each step (CSV)</a>`;
-    const draw = () => show(start, [...element.children]);
-    const form = element.querySelector("form");
-    form.addEventListener("input", draw);
-    form.addEventListener("submit", (event) => event.preventDefault());
-    form.addEventListener("reset", () => setTimeout(draw)); // once the fields are back
-    draw();
+    const parts = {
+      size: [400, 464],
+      title: "The strength, and its product with learning rate and μ, over training",
+      fields: FIELDS,
+      start,
+      file: "schedule.csv",
+      link: "The numbers at each step",
+    };
+    swdWidgets.mount(element, parts, (chosen, { elements }) => {
+      for (const name of ["aMin", "growthEnd"]) elements[name].disabled = chosen.growth === "constant";
+      const settings = { ...start, ...chosen, nesterov: chosen.nesterov === "true" };
+      const run = swdSchedule.run(settings);
+      const words = swdSchedule.describe(settings, run);
+      return { picture: picture(settings, run), words, csv: swdSchedule.csv(run) };
+    });
   });
 })();

@@ -1,9 +1,9 @@
-// Schedules of SWD: the strength, the learning rate, their product with mu, and what to say of them.
+// Schedules of SWD: the strength, the learning rate, their product with mu, and a description.
 // The values are those of swdlib's schedules, `growing` and LR_SCHEDULES; a test compares them.
 "use strict";
 
 const swdSchedule = (() => {
-  // From one value to another, where u is the share of the way that is done.
+  // From one value to another; u in [0, 1] says how far.
   const SHAPES = {
     exponential: (from, to, u) => from * (to / from) ** u,
     linear: (from, to, u) => from + (to - from) * u,
@@ -16,7 +16,7 @@ const swdSchedule = (() => {
     return progress >= finish ? to : SHAPES[shape](from, to, progress / finish);
   };
 
-  const COURSES = {
+  const LR_SCHEDULES = {
     constant: (highest) => highest,
     triangle: (highest, t) => t < 0.2
       ? ramp("linear", highest / 10, highest, 0.2, t)
@@ -25,16 +25,16 @@ const swdSchedule = (() => {
     cosine: (highest, t) => ramp("cosine", highest, highest / 100, 1, t),
   };
 
-  const rate = ({ course, highest }, progress) => COURSES[course](highest, progress);
+  const rate = ({ lrSchedule, highest }, progress) => LR_SCHEDULES[lrSchedule](highest, progress);
 
   const strength = (settings, progress) => {
     const { growth, aMin, aMax, growthEnd: end } = settings;
     if (growth === "constant") return aMax;
     if (growth !== "per_step") return ramp(growth, aMin, aMax, end, progress);
-    // Not a but rate * a rises by a constant factor.
+    // Not the strength but rate * strength rises by a constant factor.
     const [first, last] = [aMin * rate(settings, 0), aMax * rate(settings, end)];
-    const taken = ramp("exponential", first, last, end, progress);
-    return taken / rate(settings, Math.min(progress, end));
+    const perStep = ramp("exponential", first, last, end, progress);
+    return perStep / rate(settings, Math.min(progress, end));
   };
 
   const at = (settings, progress) => {
@@ -42,11 +42,11 @@ const swdSchedule = (() => {
     return { progress, rate: eta, strength: a, product: eta * a * settings.weightDecay };
   };
 
-  // The product from which on a selected weight grows at each step.
+  // Above this product, a selected weight grows at each step.
   const bound = ({ momentum, nesterov }) =>
     nesterov ? (2 + 2 * momentum) / (1 + 2 * momentum) : 2 * (1 + momentum);
 
-  // What the steps of a training take: the push is their sum, with the echoes of momentum.
+  // All steps of a training. The push is the sum of their products, amplified by momentum.
   const run = (settings) => {
     const rows = Array.from({ length: settings.steps }, (_, k) => at(settings, k / settings.steps));
     const largest = rows.reduce((most, row) => (row.product > most.product ? row : most));

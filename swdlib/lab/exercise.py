@@ -1,4 +1,4 @@
-"""Checks: whether a network was pruned as it was meant to be; what is missing is said in words."""
+"""The lab's exercise: check whether a network was pruned as asked, and say what is missing."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swdlib.deploy.stored import is_stored, load_sparse, save_sparse
+from swdlib.deploy.stored import load_sparse, save_sparse
 from swdlib.masks import Masks, check_mask, check_sparsity, find_groups
 from swdlib.metrics import bytes_on_disk
 from swdlib.structures import weights
@@ -18,7 +18,7 @@ from swdlib.structures import weights
 
 @dataclass(frozen=True)
 class Check:
-    """A property that a pruned network should have, what was found, and a remedy where it lacks."""
+    """A property that a pruned network should have, what was found, and a remedy if it failed."""
 
     name: str
     passed: bool
@@ -39,12 +39,11 @@ def check_pruned(
     accuracy: Callable[[nn.Module], float],
     points: float = 1.0,
 ) -> list[Check]:
-    """Check `model`, of the kind of the unpruned network `dense`, pruned by single weights.
+    """Check `model`, a pruned copy of `dense` from which single weights were removed.
 
-    `masks` are what `SelectiveWeightDecay.prune` returned, True where a weight stays; `accuracy`
-    gives a network's in percent, which may fall by `points`. A check that needs what another found
-    missing is left out. Whatever `model` and `masks` are, a check that fails says why: none of this
-    raises an error.
+    `masks` are what `SelectiveWeightDecay.prune` returned, True where a weight stays. `accuracy`
+    returns a network's accuracy in percent, which may fall by `points`. Whatever `model` and
+    `masks` are, a failed check says why and raises nothing; checks that depend on it are skipped.
     """
     check_sparsity(sparsity)
     checks = [_names(model, dense)]
@@ -68,7 +67,7 @@ def _names(model: Any, dense: nn.Module) -> Check:
 
 
 def _content(network: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """What a network holds: for each name shape and type, and whether it is a parameter."""
+    """For each name of the state_dict: shape, dtype, and whether it is a parameter."""
     trained = dict(network.named_parameters())
     return {n: (t.shape, t.dtype, n in trained) for n, t in network.state_dict().items()}
 
@@ -79,8 +78,8 @@ def _accuracy(
     before = accuracy(dense)
     try:
         after = accuracy(model)
-    except Exception as error:  # of the network's own code, which may be anything
-        remedy = "return a network that is called as the one that you were given"
+    except Exception as error:  # the network's own code may raise anything
+        remedy = "return a network that is called in the same way as the one you were given"
         return Check("accuracy", False, f"it does not run: {error!r}", remedy)
     found = f"{after:.1f} % after {before:.1f} %, and {points:g} may be lost"
     remedy = "let the strength reach its end before you prune (`steps`), or train longer"
@@ -88,7 +87,7 @@ def _accuracy(
 
 
 def _masks(masks: Any, dense: nn.Module) -> Check:
-    remedy = "return what swd.prune() returns: a mask for each parameter that is pruned"
+    remedy = "return what swd.prune() returns: a mask for each pruned parameter"
     wanted = {group.name: group.parameter for group in find_groups(dense, weights)}
     if not isinstance(masks, dict) or masks.keys() != wanted.keys():
         found = f"{len(masks)} entries" if isinstance(masks, dict) else type(masks).__name__
@@ -114,11 +113,11 @@ def _sparsity(masks: Masks, sparsity: float) -> Check:
 def _zeros(model: nn.Module, masks: Masks) -> Check:
     parameters = dict(model.named_parameters())
     removed = [parameters[n].detach()[~m.to(parameters[n].device)] for n, m in masks.items()]
-    alive = sum(int(is_stored(w).sum()) for w in removed)  # -0.0 counts as well
+    alive = sum(int(((w != 0) | w.signbit()).sum()) for w in removed)  # -0.0 counts as well
     found = f"{alive:,} of the removed weights are not zero" if alive else "all are exact"
     remedy = "prune last; if training goes on, call masks.apply_ after every step"
     if alive and not any(int(w.count_nonzero()) for w in removed):
-        remedy = "they are -0.0, which a product with a mask leaves: call masks.apply_ instead"
+        remedy = "they are -0.0: masks.apply_ writes 0.0, unlike multiplication by a mask"
     return Check("zeros", not alive, found, remedy)
 
 
@@ -134,4 +133,5 @@ def _file(model: nn.Module, masks: Masks, dense: nn.Module) -> Check:
     found = f"{after:,} bytes, {after / before:.0%} of {before:,}; read back bit for bit"
     if not same:
         found = "it reads back as another network"
-    return Check("file", same and after < before, found, "remove more: a place costs two bytes")
+    remedy = "remove more weights: where the remaining ones are has to be stored as well"
+    return Check("file", same and after < before, found, remedy)

@@ -3,8 +3,9 @@
 A table `rows` is what `load_records` returns, or a part of it. Each function draws on `ax`, or on a
 new figure if it is None, and returns the Axes. Backgrounds are transparent and text is grey, paler
 on dark pages (`for_both_grounds`), so that a figure can be read there too; colours are seaborn's
-colour-blind palette, darkened where it is too pale for a white page. What has no entry in the
-legend has its name as gid, for the table of the figure's numbers, and so has an axis without label.
+colour-blind palette, darkened where it is too pale for a white page. The book publishes the numbers
+behind each figure: an artist without an entry in the legend, or an axis without a label, is named
+there by its gid.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,17 +49,17 @@ def accuracy_over_epochs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if _without_results(rows):
         return ax
     for i, (name, runs) in enumerate(rows.groupby(rows.apply(name_of, axis=1), sort=False)):
-        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
         for j, (_, run) in enumerate(runs.groupby("run", sort=False)):
-            ax.plot(run["epoch"], run["top1"], label=None if j else name, gid=name, **look)
+            label = None if j else name
+            ax.plot(run["epoch"], run["top1"], label=label, gid=name, **_look(i))
         cuts = runs[runs["kind"] == "prune"]
-        look = {"color": look["color"], "markersize": 9, "gid": f"{name}, cut"}
+        look = {"color": _cycle(COLOURS, i), "markersize": 9, "gid": f"{name}, cut"}
         ax.plot(cuts["epoch"], cuts["top1"], "X", **look)
     return _legend_above(ax, title="× after a cut", ncols=2)
 
 
 def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Final Top-1 accuracy against the parameters that are left: a point a run, a line a method.
+    """Final Top-1 accuracy against the parameters kept: a point a run, a line a method.
 
     The line goes through the means of the runs that share a target.
     """
@@ -68,12 +69,12 @@ def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         return ax
     finals = rows.groupby("run", sort=False).tail(1)
     for i, (name, runs) in enumerate(finals.groupby(finals.apply(method_of, axis=1), sort=False)):
-        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        look = {"color": _cycle(COLOURS, i), "marker": _cycle(MARKERS, i)}
         ax.plot(runs["parameters"], runs["top1"], ls="", markersize=8, label=name, **look)
         means = runs.groupby("target_sparsity")[["parameters", "top1"]].mean()
         look = {"color": look["color"], "lw": 1.2, "gid": f"{name}, mean"}
         ax.plot(means["parameters"], means["top1"], "-", **look)
-    # Whole powers of ten: marks between them would be written over each other.
+    # Whole powers of ten: the labels of ticks between them would overlap.
     low, high = np.log10(finals["parameters"].agg(["min", "max"]))
     ax.set_xlim(10 ** np.floor(low - 0.05), 10 ** np.ceil(high + 0.05))
     return _legend(ax)
@@ -82,15 +83,14 @@ def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def weight_distribution(weights: Mapping[str, Mapping[str, Any]], ax: Axes | None = None) -> Axes:
     """Histograms of |w|, an outline each: label -> a row's `weights`.
 
-    Zeros have no logarithm: their number stands in the label.
+    Zeros cannot be drawn on the logarithmic axis: the label says how many there are.
     """
     ax = _axes(ax, "absolute weight |w|", "number of weights")
     for i, (label, histogram) in enumerate(weights.items()):
         counts = histogram["counts"]
         edges = np.logspace(*HISTOGRAM_RANGE, len(counts) + 1)
         zeros = f" ({histogram['zeros']:,} are zero)" if histogram["zeros"] else ""
-        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
-        ax.stairs(counts, edges, lw=1.6, label=label + zeros, **look)
+        ax.stairs(counts, edges, lw=1.6, label=label + zeros, **_look(i))
     total = np.sum([histogram["counts"] for histogram in weights.values()], axis=0)
     filled = np.atleast_1d(total).nonzero()[0]  # without histograms, the sum is a number
     if filled.size:
@@ -100,12 +100,11 @@ def weight_distribution(weights: Mapping[str, Mapping[str, Any]], ax: Axes | Non
 
 
 def schedule(schedules: Mapping[str, Callable[[float], float]], ax: Axes | None = None) -> Axes:
-    """Schedules over progress, from 0 to 1: label -> schedule. The value's axis is logarithmic."""
+    """Schedules over progress from 0 to 1, on a logarithmic axis: label -> schedule."""
     ax = _axes(ax, "progress t / T", "value")
     progress = np.linspace(0, 1, 201)
     for i, (label, value) in enumerate(schedules.items()):
-        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
-        ax.plot(progress, [value(float(p)) for p in progress], label=label, **look)
+        ax.plot(progress, [value(float(p)) for p in progress], label=label, **_look(i))
     ax.set_yscale("log")
     return _legend(ax)
 
@@ -116,9 +115,8 @@ def sparsity_cliff(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if frame.empty:
         return ax
     for i, (label, part) in enumerate(frame.groupby("allocation", sort=False)):
-        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        style = STYLES[i % len(STYLES)]
-        ax.plot(100 * part["sparsity"], part["top1"], ls=style, ms=5, label=label, **look)
+        look = _look(i) | {"marker": _cycle(MARKERS, i), "ms": 5}
+        ax.plot(100 * part["sparsity"], part["top1"], label=label, **look)
     ax.set_ylim(0, 102)
     return _legend(ax)
 
@@ -126,12 +124,12 @@ def sparsity_cliff(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def curves(frame: pd.DataFrame, ylabel: str, ax: Axes | None = None, *, lines: bool = True) -> Axes:
     """A line for each column of `frame` over its index, whose name is the axis label.
 
-    Without `lines` points alone are drawn.
+    With `lines=False` only the points are drawn.
     """
     ax = _axes(ax, str(frame.index.name), ylabel)
     for i, (label, values) in enumerate(frame.items()):
-        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)] if lines else ""}
-        ax.plot(frame.index, values, marker=MARKERS[i % len(MARKERS)], ms=4, label=label, **look)
+        look = _look(i) | {"marker": _cycle(MARKERS, i), "ms": 4} | ({} if lines else {"ls": ""})
+        ax.plot(frame.index, values, label=label, **look)
     return _legend(ax)
 
 
@@ -140,8 +138,8 @@ def paths(
 ) -> Axes:
     """Paths over the contours of a loss of two weights: label -> points of shape (n, 2).
 
-    `loss(x, y)` works on arrays. A cross marks the start of each path and a dot its end; at
-    contour k the loss is (k / 5)^2 above the least that is in sight.
+    `loss(x, y)` takes arrays. A cross marks the start of each path and a dot its end; at contour k
+    the loss is (k / 5)^2 above the lowest one in the picture.
     """
     ax = _axes(ax, "weight $w_1$", "weight $w_2$")
     every = np.concatenate([np.zeros((1, 2)), *(np.asarray(path) for path in points.values())])
@@ -154,10 +152,9 @@ def paths(
     for line in (ax.axhline, ax.axvline):
         line(0, color=INK, lw=1.2)
     for i, (label, path) in enumerate(points.items()):
-        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)], "lw": 2}
-        places = np.asarray(path)
-        ax.plot(*places.T, marker="o", markevery=[-1], label=label, **look)
-        ax.plot(*places[0], "x", color=INK, mew=2, ms=8, gid=f"{label}, start")
+        w = np.asarray(path)
+        ax.plot(*w.T, marker="o", markevery=[-1], lw=2, label=label, **_look(i))
+        ax.plot(*w[0], "x", color=INK, mew=2, ms=8, gid=f"{label}, start")
     ax.set_aspect("equal")
     return _legend_above(ax)
 
@@ -167,13 +164,12 @@ def weight_paths(
 ) -> Axes:
     """Absolute weights step by step, a thin line a weight: label -> sizes (steps, weights).
 
-    Below `threshold`, given for each step, a weight is selected. A zero has no place on the
-    logarithmic axis.
+    Weights below `threshold`, one value a step, are selected. The axis is logarithmic, so that
+    zeros are not drawn.
     """
     ax = _axes(ax, "step", "absolute weight |w|")
     for i, (label, of_steps) in enumerate(sizes.items()):
-        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)], "lw": 1}
-        ax.plot(of_steps, gid=label, **look)[0].set_label(label)
+        ax.plot(of_steps, gid=label, lw=1, **_look(i))[0].set_label(label)
     ax.plot(threshold, color=INK, lw=2.5, label="threshold")
     ax.set_yscale("log")
     return _legend(ax)
@@ -182,21 +178,20 @@ def weight_paths(
 def timeline(shares: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axes:
     """What methods do to the weights while they train, a strip each: label -> a table over epochs.
 
-    Its columns are shares of the weights from 0 to 1; a strip is as high as all of them. The first
-    share is filled, of the others only what is above 0 is drawn.
+    Its columns are fractions of the weights, and a strip is as high as a fraction of 1. The first
+    column is filled; the others are drawn where they are above 0.
     """
     ax = _axes(ax, "epoch", "", rows=len(shares))
     ax.grid(visible=False)
     for i, (label, table) in enumerate(shares.items()):
-        place = Affine2D().scale(1, 0.75).translate(0, -i) + ax.transData
+        strip = Affine2D().scale(1, 0.75).translate(0, -i) + ax.transData
         ax.axhline(-i, color=INK, lw=0.6)
         for j, (kind, share) in enumerate(table.items()):
-            look = {"color": COLOURS[j % len(COLOURS)], "ls": STYLES[j % len(STYLES)], "lw": 1.6}
-            look |= {"label": "" if i else kind, "gid": f"{label}, {kind}"}
+            look = _look(j) | {"label": "" if i else kind, "gid": f"{label}, {kind}", "lw": 1.6}
             drawn = share.where(share > 0) if j else share
-            ax.plot(share.index, drawn, transform=place, **look)
+            ax.plot(share.index, drawn, transform=strip, **look)
             if j == 0:
-                ax.fill_between(share.index, share, color=COLOURS[0], alpha=0.35, transform=place)
+                ax.fill_between(share.index, share, color=COLOURS[0], alpha=0.35, transform=strip)
     if ends := [table.index.max() for table in shares.values() if len(table)]:
         ax.set_xlim(0, max(ends))
     ax.yaxis.set_gid("share")
@@ -211,11 +206,11 @@ def spread(
 ) -> Axes:
     """The values of each column as dots in a row of their own, and a bar at their mean.
 
-    `dot` says what a dot stands for.
+    `dot` is the legend's name for a dot.
     """
     ax = _axes(ax, xlabel, "", rows=len(values.columns))
     rows = -np.arange(len(values.columns))
-    # Dots that lie on one another show; their outlines keep the contrast.
+    # Translucent, so that dots on top of each other can be told apart; the outline is opaque.
     dots = {"color": COLOURS[0], "mfc": (COLOURS[0], 0.4)}
     bar = {"color": COLOURS[3], "ms": 13, "mew": 2}
     for i, (name, of_name) in enumerate(values.items()):
@@ -229,17 +224,16 @@ def spread(
 def heat_map(table: pd.DataFrame, label: str, ax: Axes | None = None) -> Axes:
     """The values of a table as colours and numbers; its index and columns name the axes.
 
-    `label` is that of the colours. Where a value is missing, the run diverged: a cross.
+    `label` is that of the colour bar. A missing value, that of a run that diverged, is a cross.
     """
     ax = _axes(ax, str(table.columns.name), str(table.index.name))
     if table.empty:
         return ax
-    look = {"annot": True, "fmt": ".0f", "cmap": "cividis", "cbar_kws": {"label": label}}
-    look["gid"] = label
+    ax.grid(visible=False)
+    look = {"fmt": ".0f", "cmap": "cividis", "cbar_kws": {"label": label}, "gid": label}
     if table.isna().all(axis=None):
         look |= {"vmin": 0, "vmax": 1}  # seaborn finds none
-    ax.grid(visible=False)
-    sns.heatmap(table, ax=ax, **look)
+    sns.heatmap(table, ax=ax, annot=True, **look)
     ax.invert_yaxis()
     ax.tick_params(axis="y", rotation=0)
     for row, column in zip(*np.isnan(table.to_numpy(dtype=float)).nonzero(), strict=True):
@@ -249,35 +243,31 @@ def heat_map(table: pd.DataFrame, label: str, ax: Axes | None = None) -> Axes:
 
 
 def kept_weights(
-    shares: Mapping[str, Any],
-    ax: Axes | None = None,
-    *,
-    label: str = "share of the kernel kept",
+    shares: Mapping[str, Any], ax: Axes | None = None, *, label: str = "share of the kernel kept"
 ) -> Axes:
-    """What is left of layers: name -> the share of each kernel that is kept, (outputs, inputs).
+    """Layers side by side: name -> the share of each kernel that is kept, (outputs, inputs).
 
-    They are drawn side by side, each under its name; `label` is that of the colours, from 0 to 1.
+    `label` is that of the colour bar, from 0 to 1.
     """
     if not shares:
         return _axes(ax, "input maps", "output maps")
     sizes = np.array([np.shape(share) for share in shares.values()])
     gap = 0.2 * sizes[:, 1].max()
-    # Of the figure's width, the panels have about 3.6 inches.
+    # The panels have about 3.6 inches of the figure's width.
     height = min(4.0, 1 + 3.6 * sizes[:, 0].max() / (sizes[:, 1] + gap).sum())
     ax = _axes(ax, "input maps", "output maps", height=height)
     ax.grid(visible=False)
     left = 0.0
     for name, share in shares.items():
         rows, columns = np.shape(share)
-        image = ax.imshow(
-            share,
-            cmap="cividis",
-            interpolation="nearest",
-            extent=(left, left + columns, rows, 0),
-            vmin=0,
-            vmax=1,
-            gid=name,
-        )
+        look: dict[str, Any] = {
+            "cmap": "cividis",
+            "interpolation": "nearest",
+            "vmin": 0,
+            "vmax": 1,
+            "gid": name,
+        }
+        image = ax.imshow(share, extent=(left, left + columns, rows, 0), **look)
         ax.text(left + columns / 2, -1, name, color=INK, ha="center", va="bottom")
         left += columns + gap
     ax.set_xlim(0, left - gap)
@@ -327,8 +317,17 @@ def method_of(row: "Mapping[str, Any] | pd.Series[Any]") -> str:
 
 
 def _without_results(rows: pd.DataFrame) -> bool:
-    """Whether there is no row, or each is that of a run that diverged, for which none was kept."""
+    """Whether there are no rows, or only those of runs that diverged, which have no results."""
     return "top1" not in rows or bool(rows["top1"].isna().all())
+
+
+def _cycle(values: Sequence[Any], i: int) -> Any:
+    return values[i % len(values)]
+
+
+def _look(i: int) -> dict[str, Any]:
+    """Colour and line style of the i-th line."""
+    return {"color": _cycle(COLOURS, i), "ls": _cycle(STYLES, i)}
 
 
 def _axes(ax: Axes | None, xlabel: str, ylabel: str, rows: int = 0, height: float = 0) -> Axes:

@@ -1,4 +1,4 @@
-"""What pages say of the library and of their own making: reference, reruns, quizzes, words."""
+"""What pages say: the API reference, how to rerun them, quizzes, slides, words."""
 
 import doctest
 import importlib
@@ -33,7 +33,11 @@ from swdlib.runs.records import Record, address, load, path_of, save
 from tests.book.test_book import NOTEBOOKS, code, stored
 
 ROOT = build.ROOT
-MODULES = sorted(path.stem for path in (ROOT / "swdlib").glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT / "swdlib").with_suffix("").parts)
+    for path in (ROOT / "swdlib").rglob("*.py")
+    if path.stem != "__init__"
+)
 RECORDS = reruns.committed(build.BOOK / "records")
 
 sys.path.append(str(build.BOOK / "_ext"))  # as Sphinx does with local extensions
@@ -93,20 +97,24 @@ def test_long_signature_has_a_line_for_each_parameter() -> None:
 def referenced() -> list[str]:
     """Return the modules on the page, in its order."""
     page = (build.BOOK / "api.md").read_text("utf-8")
-    return re.findall(r"^## (\w+)\n\n% generated: api \1$", page, re.MULTILINE)
+    return re.findall(r"^## ([\w.]+)\n\n% generated: api \1$", page, re.MULTILINE)
 
 
 def test_reference_holds_every_public_name() -> None:
     text = {name: api.reference(name) for name in referenced()}
     for name in swdlib.__all__:
-        assert name in text or any(f"### `{name}`" in page for page in text.values()), name
+        modules = {module.split(".")[-1] for module in text}
+        assert name in modules or any(f"### `{name}`" in page for page in text.values()), name
     assert not any(" at 0x" in page for page in text.values())
 
 
-def test_reference_follows_the_flow_of_data() -> None:
+def test_reference_has_the_method_first_and_then_its_folders() -> None:
     order = referenced()
-    flow = ["schedules", "structures", "masks", "penalties", "recipes", "training", "deploy"]
-    assert [name for name in order if name in flow] == flow
+    method = ["swd", "schedules", "criteria", "structures", "masks", "hooks", "recipes", "fast"]
+    assert [name for name in order if name in method] == method
+    folders = [name.split(".")[0] for name in order if name not in MODULES or "." in name]
+    assert list(dict.fromkeys(folders)) == ["runs", "data", "deploy", "lab"]
+    assert order[-len(folders) :] == [name for name in order if name.split(".")[0] in folders]
 
 
 def examples(text: str) -> doctest.DocTest:
@@ -129,15 +137,15 @@ def test_examples_of_the_reference_run() -> None:
 
 
 # What needs files that no package has, or a page to be seen on.
-WITHOUT_EXAMPLE = {"imagenet", "interactive"}
+WITHOUT_EXAMPLE = {"lab.interactive", "lab.pretrained"}
 
 
 def test_every_module_of_the_reference_is_shown_at_work() -> None:
     page = (build.BOOK / "api.md").read_text("utf-8")
-    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    sections = dict(re.findall(r"^## ([\w.]+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
     shown = {name for name, text in sections.items() if ">>>" in text + api.reference(name)}
     assert set(sections) - shown == WITHOUT_EXAMPLE
-    assert {"claims", "places", "history", "audits", "dryruns"} < shown
+    assert {"runs.run", "runs.workers", "runs.check", "runs.dryrun", "hooks", "fast"} < shown
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -146,7 +154,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
         run_examples(test)
 
 
-# How a page was made
+# How to rerun a page
 
 
 OWN = """# What it is for.
@@ -208,7 +216,7 @@ def test_box_links_notebook_numbers_and_records(run: reruns.Run) -> None:
 
 
 @pytest.mark.slow
-def test_figures_and_files_of_a_run_are_told(tmp_path: Path) -> None:
+def test_figures_and_files_of_a_run_are_recorded(tmp_path: Path) -> None:
     (tmp_path / "facts.json").write_text("{}")
     reads = "import json\n\njson.load(open('facts.json'))"
     draws = "import matplotlib.pyplot as plt\n\nplt.plot([1, 2], [3, 5], label='a');"
@@ -464,7 +472,7 @@ def test_chapter_without_a_part_is_found(old: str, new: str, fault: str) -> None
         ("$s < t$:\n$$\na\n$$", ["$$\na\n$$", "s < t"]),
     ],
 )
-def test_formulas_are_told_from_symbols(text: str, found: list[str]) -> None:
+def test_formulas_are_distinguished_from_symbols(text: str, found: list[str]) -> None:
     assert formulas(text) == found
 
 
@@ -729,6 +737,6 @@ def test_words_are_spelt_right() -> None:
 def test_every_work_that_is_cited_by_number_is_in_the_bibliography() -> None:
     works = (build.BOOK / "references.bib").read_text("utf-8")
     pages = [*build.BOOK.glob("*.md"), *build.BOOK.glob("*.ipynb"), ROOT / "README.md"]
-    for path in [*pages, *(ROOT / "swdlib").glob("*.py")]:
+    for path in [*pages, *(ROOT / "swdlib").rglob("*.py")]:
         numbers = re.findall(r"(?i)\barxiv[ .:]\D{0,12}(\d{4}\.\d{5})", path.read_text("utf-8"))
         assert not {n for n in numbers if n not in works}, path.name

@@ -243,11 +243,13 @@ def test_stage_holds_committed_records_but_not_those_of_trials(tmp_path: Path) -
 def test_data_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     page = build.BOOK / "swd-on-cifar10.ipynb"
-    assert build.place_of_data(page, {}) == {"data_root": str(build.ROOT / "data")}
-    assert build.place_of_data(page, {"data_root": "mine"}) == {"data_root": str(tmp_path / "mine")}
+    assert build.absolute_data_root(page, {}) == {"data_root": str(build.ROOT / "data")}
+    assert build.absolute_data_root(page, {"data_root": "mine"}) == {
+        "data_root": str(tmp_path / "mine")
+    }
     # These two have a record that stands in for data.
     for name in ("smaller-networks", "imagenet"):
-        assert build.place_of_data(build.BOOK / f"{name}.ipynb", {}) == {}
+        assert build.absolute_data_root(build.BOOK / f"{name}.ipynb", {}) == {}
 
 
 @pytest.mark.parametrize(
@@ -846,28 +848,28 @@ def test_live_model_gives_its_numbers(script: Page) -> None:
 PUBLISHED: dict[str, Any] = {
     "growth": "exponential",
     **{"aMin": 0.1, "aMax": 1e5, "growthEnd": 1.0},
-    **{"course": "triangle", "highest": 0.2},
+    **{"lrSchedule": "triangle", "highest": 0.2},
     **{"momentum": 0.9, "nesterov": True, "weightDecay": 5e-4, "steps": 180},
 }
 TUNED: list[dict[str, Any]] = [
     {},
     {"growth": "linear", "growthEnd": 0.65},
-    {"growth": "cosine", "course": "steps", "highest": 0.1},
+    {"growth": "cosine", "lrSchedule": "steps", "highest": 0.1},
     {"growth": "cosine", "aMax": 1e4, "growthEnd": 0.9, "nesterov": False},
-    {"growth": "cubic", "course": "cosine"},
+    {"growth": "cubic", "lrSchedule": "cosine"},
     {"growth": "per_step"},
-    {"growth": "per_step", "course": "steps", "growthEnd": 0.5},
-    {"growth": "per_step", "course": "cosine", "growthEnd": 0.35, "highest": 0.7},
+    {"growth": "per_step", "lrSchedule": "steps", "growthEnd": 0.5},
+    {"growth": "per_step", "lrSchedule": "cosine", "growthEnd": 0.35, "highest": 0.7},
     {"growth": "constant", "aMax": 3e4},
-    {"aMin": 3e3, "aMax": 1.0, "course": "constant", "growthEnd": 0.05},
+    {"aMin": 3e3, "aMax": 1.0, "lrSchedule": "constant", "growthEnd": 0.05},
 ]
 
 
 def schedules_of(settings: dict[str, Any]) -> tuple[Schedule, Schedule]:
     """Return the learning rate and the strength as swdlib has them."""
-    course, highest = settings["course"], settings["highest"]
-    constant = course == "constant"
-    rate: Schedule = Constant(highest) if constant else LR_SCHEDULES[course](highest)
+    kind, highest = settings["lrSchedule"], settings["highest"]
+    constant = kind == "constant"
+    rate: Schedule = Constant(highest) if constant else LR_SCHEDULES[kind](highest)
     if settings["growth"] == "constant":
         return rate, Constant(settings["aMax"])
     ends = settings["aMin"], settings["aMax"], settings["growthEnd"]
@@ -1083,8 +1085,8 @@ def test_schedules_are_tuned_with_a_mouse_or_a_finger(html: Path, page: Page) ->
     move(tuned.get_by_label("strength at the start"), 0)
     move(tuned.get_by_label("growth ends at"), 9 / 19)
     move(tuned.get_by_label("highest learning rate"), 0)
-    tuned.get_by_label("course of the").select_option("steps")
-    changed = {"aMin": 0.01, "aMax": 3e6, "growthEnd": 0.5, "highest": 1e-3, "course": "steps"}
+    tuned.get_by_label("learning-rate schedule").select_option("steps")
+    changed = {"aMin": 0.01, "aMax": 3e6, "growthEnd": 0.5, "highest": 1e-3, "lrSchedule": "steps"}
     assert_drawn(page, changed)
     assert "Push P over 180 steps: 60.3." in status.inner_text()
     tuned.get_by_label("growth of the").select_option("constant")
@@ -1160,7 +1162,7 @@ def test_slider_is_in_step_when_the_browser_comes_back(browser: Browser, tmp_pat
 
 @pytest.mark.parametrize("scripts", [True, False])
 @pytest.mark.parametrize("media", ["screen", "print"])
-def test_slider_shows_the_course_on_paper_and_without_scripts(
+def test_slider_shows_a_few_frames_on_paper_and_without_scripts(
     browser: Browser, tmp_path: Path, media: Any, scripts: bool
 ) -> None:
     counts = [0] * HISTOGRAM_BINS

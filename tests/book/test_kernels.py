@@ -1,4 +1,4 @@
-"""Kernels that begin as copies behave as new ones do."""
+"""Kernels that start as forks behave like new ones."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from tests.runs.test_workers import wait_for
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not kernels.COPIED, reason="kernels are not copied on this system"),
+    pytest.mark.skipif(not kernels.CAN_FORK, reason="kernels are not forked on this system"),
 ]
 
 # JPY_PARENT_PID is that of the process that asked; the others come with a terminal and a test.
@@ -35,7 +35,7 @@ except ImportError as error:
 DRAWN = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])"
 LIBRARIES = """\
 import sys
-print("a copy" if "seaborn" in sys.modules else "new")"""
+print("a fork" if "seaborn" in sys.modules else "new")"""
 FOLDER = """\
 from tempfile import TemporaryDirectory
 folder = TemporaryDirectory()
@@ -43,8 +43,8 @@ print(folder.name)"""
 
 
 @pytest.fixture(scope="module")
-def copying() -> Iterator[ProcessPoolExecutor]:
-    """A process whose kernels are copies, as the build of the book has; it has more to import."""
+def forking() -> Iterator[ProcessPoolExecutor]:
+    """A process whose kernels are forks, as in the build of the book; it can import this folder."""
     sys.path.append(str(Path(__file__).parents[2]))
     with ProcessPoolExecutor(1, get_context("spawn"), kernels.share_imports) as pool:
         yield pool
@@ -61,39 +61,39 @@ def outputs(folder: Path, *sources: str) -> list[Any]:
     ]
 
 
-def test_copy_has_the_surroundings_of_a_new_kernel(
-    copying: ProcessPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_fork_has_the_surroundings_of_a_new_kernel(
+    forking: ProcessPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     new = outputs(tmp_path, SURROUNDINGS, DRAWN)
     assert "No module named 'book'" in new[0]
     assert "image/svg+xml" in new[1]
-    copied = copying.submit(outputs, tmp_path, SURROUNDINGS, DRAWN).result()
-    assert [str(text).splitlines() for text in copied] == [str(text).splitlines() for text in new]
+    forked = forking.submit(outputs, tmp_path, SURROUNDINGS, DRAWN).result()
+    assert [str(text).splitlines() for text in forked] == [str(text).splitlines() for text in new]
 
 
-def test_copy_has_the_libraries_and_nothing_of_the_copy_before_it(
-    copying: ProcessPoolExecutor, tmp_path: Path
+def test_fork_has_the_libraries_and_nothing_of_the_fork_before_it(
+    forking: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     assert outputs(tmp_path, LIBRARIES) == ["new\n"]
     for _ in range(2):
-        ran = copying.submit(outputs, tmp_path, LIBRARIES, "print('x' in globals())\nx = 1")
-        assert ran.result() == ["a copy\n", "False\n"]
+        ran = forking.submit(outputs, tmp_path, LIBRARIES, "print('x' in globals())\nx = 1")
+        assert ran.result() == ["a fork\n", "False\n"]
 
 
-def test_copy_cleans_up_at_its_end(copying: ProcessPoolExecutor, tmp_path: Path) -> None:
-    [name] = copying.submit(outputs, tmp_path, FOLDER).result()
+def test_fork_cleans_up_at_its_end(forking: ProcessPoolExecutor, tmp_path: Path) -> None:
+    [name] = forking.submit(outputs, tmp_path, FOLDER).result()
     assert name.strip()
     assert not Path(name.strip()).exists()
 
 
-def test_death_of_a_copy_is_told(copying: ProcessPoolExecutor, tmp_path: Path) -> None:
-    ended = copying.submit(outputs, tmp_path, "import os\nos._exit(3)")
+def test_death_of_a_fork_is_an_error(forking: ProcessPoolExecutor, tmp_path: Path) -> None:
+    ended = forking.submit(outputs, tmp_path, "import os\nos._exit(3)")
     with pytest.raises(DeadKernelError):
         ended.result()
 
 
-def test_copy_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
+def test_fork_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
     wait = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
     asking = get_context("spawn").Process(
         target=share_and_run, args=(tmp_path, f"{wait}\ntime.sleep(600)")
@@ -108,7 +108,7 @@ def test_copy_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
 
 
 def share_and_run(folder: Path, source: str) -> None:
-    """Run a cell in a copy."""
+    """Run a cell in a fork."""
     kernels.share_imports()
     outputs(folder, source)
 

@@ -1,79 +1,34 @@
-"""Parameters of notebooks, and the notebooks rerun with other ones."""
+"""The notebooks of the book, rerun with other parameters from other folders."""
 
 import json
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import nbformat
 import papermill
 import pytest
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
-from matplotlib.axes import Axes
 from papermill.exceptions import PapermillExecutionError
 
 from book import kernels
 from book.build import BOOK, INSTALLS, notebook_names
 from book.reruns import SETTINGS, parameter_table
-from swdlib.lab.notebooks import check_parameters, figure_csv
 from swdlib.runs.config import Config
 
-OWN = "# None: as before.\nsparsity: float = 0.9  # removed\nepochs: int = None\n"
 NAMES = notebook_names(BOOK)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def copied_kernels() -> Iterator[None]:
-    """Let kernels begin as copies, which saves each of them the import of its libraries."""
+def forked_kernels() -> Iterator[None]:
+    """Start kernels as forks, which saves each of them the import of its libraries."""
     factory = KernelProvisionerFactory.instance()
     with pytest.MonkeyPatch.context() as restored:
         restored.setattr(factory, "default_provisioner_name", factory.default_provisioner_name)
         restored.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         kernels.share_imports()
         yield
-
-
-@pytest.mark.parametrize(
-    "history",
-    [
-        ["", OWN, "from swdlib.lab.notebooks import check_parameters"],
-        ["", OWN, "# Parameters\nsparsity = 0.5\nepochs = 3\n"],
-        ["", OWN, "# Parameters\nepochs = 3\n", "seed = 1"],
-        ["", "# Parameters\nseed = 1"],
-    ],
-)
-def test_known_parameters_pass(history: list[str]) -> None:
-    check_parameters({"In": history, "seed": 1, "sparsity": 0.5, "epochs": 3})
-
-
-def test_unknown_parameter_is_named_with_those_there_are() -> None:
-    given = "# Parameters\nsparsty = 0.5\nepochs = 3\n"
-    message = "no parameter sparsty; its parameters are epochs, sparsity"
-    with pytest.raises(ValueError, match=message):
-        check_parameters({"In": ["", OWN, given, "anything"]})
-
-
-@pytest.mark.parametrize(
-    ("own", "given", "told"),
-    [
-        ("points: float = 1.0", "'one'", "points must be of type float, not 'one'"),
-        ("epochs: int = 3", "2.5", "epochs must be of type int, not 2.5"),
-        ("epochs: int = 3", "True", "epochs must be of type int, not True"),
-        ("fast: bool = True", "1", "fast must be of type bool, not 1"),
-        ("levels: list = [0.8]", "0.9", "levels must be a list of numbers, not 0.9"),
-        ("levels: list = [0.8]", "['0.9']", r"levels must be a list of numbers, not \['0.9'\]"),
-        ("points: float = 1.0", "2", ""),
-        ("epochs: int = None", "'many'", ""),  # what None stands for knows its type
-    ],
-)
-def test_parameter_of_another_type_is_refused(own: str, given: str, told: str) -> None:
-    name = own.partition(":")[0]
-    namespace = {"In": ["", own, f"# Parameters\n{name} = {given}\n"], name: eval(given)}
-    with pytest.raises(ValueError, match=told) if told else nullcontext():
-        check_parameters(namespace)
 
 
 def cells(name: str) -> list[Any]:
@@ -349,9 +304,9 @@ def test_page_says_what_is_allowed_of_a_parameter_that_it_refuses(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_page_without_fine_tuning_does_not_speak_of_it(name: str) -> None:
-    told = parameter_table(papermill.inspect_notebook(str(BOOK / f"{name}.ipynb")))
+    table = parameter_table(papermill.inspect_notebook(str(BOOK / f"{name}.ipynb")))
     tuned = any("finetune" in cell.source for cell in cells(name))
-    assert tuned or "fine-tuning" not in told
+    assert tuned or "fine-tuning" not in table
 
 
 @pytest.mark.slow
@@ -364,66 +319,3 @@ def test_wrong_parameter_stops_before_any_work(
         rerun(name, tmp_path, **parameters)
     assert "check_parameters" in ran(tmp_path)[-1].source
     assert list(tmp_path.iterdir()) == [tmp_path / "out.ipynb"]
-
-
-# What pages show of figures
-
-
-@pytest.fixture
-def ax() -> Iterator[Axes]:
-    """Return empty Axes with names."""
-    figure, axes = plt.subplots()
-    axes.set(xlabel="step", ylabel="loss")
-    yield axes
-    plt.close(figure)
-
-
-def test_numbers_of_lines_points_and_bars_are_kept(ax: Axes) -> None:
-    ax.plot([1, 2], [0.5, 0.25], label="a")
-    ax.axhline(0.0)  # across the picture: no data
-    ax.scatter([3], [0.125], label="b, c")
-    ax.bar([4], [2.0], width=1.0)
-    ax.stairs([7, 8], [0, 1, 2], label="d")
-    assert figure_csv(ax.figure) == (
-        'series,step,loss\na,1,0.5\na,2,0.25\n,4.0,2.0\nd,0,7\nd,1,8\n"b, c",3.0,0.125\n'
-    )
-
-
-def test_name_of_its_own_goes_before_the_label(ax: Axes) -> None:
-    ax.plot([1], [2], gid="cut")
-    ax.plot([3], [4], label="b", gid="b of swd")
-    ax.plot([5], [6])
-    assert figure_csv(ax.figure) == "series,step,loss\ncut,1,2\nb of swd,3,4\n,5,6\n"
-
-
-@pytest.mark.parametrize(
-    ("labels", "header"),
-    [
-        (("", ""), "series,row,column,value"),
-        (("outputs", "inputs"), "series,outputs,inputs,value"),
-        ((r"weight $w_1$", r"$a_{\max}$ (%)"), "series,weight w_1,a_max (%),value"),
-    ],
-)
-def test_numbers_of_pictures_are_kept(ax: Axes, labels: tuple[str, str], header: str) -> None:
-    ax.set(ylabel=labels[0], xlabel=labels[1])
-    ax.imshow([[1.0, 2.0]])
-    assert figure_csv(ax.figure) == f"{header}\n0,0,0,1.0\n0,0,1,2.0\n"
-
-
-def test_words_beside_numbers_have_no_marks_of_tex(ax: Axes) -> None:
-    ax.set(xlabel="weight $w_1$", ylabel=r"$\|w\|$")
-    ax.plot([1], [2], label=r"$a_{\min} = 3$")
-    assert figure_csv(ax.figure) == "series,weight w_1,|w|\na_min = 3,1,2\n"
-
-
-def test_rows_with_names_go_by_them_only_if_all_have_one(ax: Axes) -> None:
-    ax.plot([1, 2], [0, -1], gid="named")
-    ax.plot([3, 4], [0, -0.5], gid="between")
-    ax.set_yticks([-1, 0], ["low", "high"])
-    assert figure_csv(ax.figure) == (
-        "series,step,loss\nnamed,1,high\nnamed,2,low\nbetween,3,0.0\nbetween,4,-0.5\n"
-    )
-
-
-def test_figure_without_numbers_is_empty(ax: Axes) -> None:
-    assert figure_csv(ax.figure) == ""

@@ -14,8 +14,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb, to_rgba
 
+from book.in_kernel import figure_csv
 from swdlib import plots
-from swdlib.lab.notebooks import figure_csv
 from swdlib.runs.training import weight_histogram
 from swdlib.schedules import Constant, Exponential
 
