@@ -40,50 +40,6 @@ SHRINKABLE = ("filters", "channels", "filters_and_channels")
 BUSY = 75  # exit status of `swdlib run` for Busy; sysexits.h: temporary failure, try again later
 
 
-class Busy(OSError):
-    """The run is being done by another process or thread."""
-
-
-@contextmanager
-def lock(path: Path, timeout: float = 1.0) -> Iterator[None]:
-    """Hold the lock file `path` in the context; Busy if somebody else does for `timeout` seconds.
-
-    The operating system keeps the lock and releases it when the process ends, however it ends. The
-    file is removed with the lock; one that a killed process left is not locked, and is removed by
-    the next holder or look at it. Machines that share a folder see each other's locks if its file
-    system passes them on, as NFS 4 does. Where it does not, two machines may do the same run; where
-    it has no locks at all, taking one raises OSError.
-    """
-    try:
-        # Several users may share the folder, so that all may open the file, which is empty.
-        held = FileLock(path, mode=0o666).acquire(timeout, poll_interval=0.02)
-    except Timeout as error:
-        raise Busy(f"{path.stem} is being run by another process, which holds {path}") from error
-    with held:
-        try:
-            yield
-        finally:
-            # Before the release: filelock refuses a file that was removed while it waited for it.
-            with suppress(PermissionError):  # Windows, where filelock removes it after the release
-                path.unlink(missing_ok=True)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock file `path`."""
-    if not path.exists():
-        return False
-    try:
-        with lock(path, timeout=0):  # so briefly that one who wants the lock outwaits it
-            return False
-    except Busy:
-        return True
-
-
-def lock_of(path: Path) -> Path:
-    """The lock file of the run whose record is `path`; it lies beside the checkpoint."""
-    return path.parent / "checkpoints" / f"{path.stem}.lock"
-
-
 def run(
     config: Config,
     folder: str | Path | None = None,
@@ -202,3 +158,47 @@ def digest_of(files: Mapping[str, bytes], undeciding: Collection[str]) -> str:
         if name.removesuffix(".py") not in undeciding:
             digest.update(name.encode() + files[name])
     return digest.hexdigest()[:12]
+
+
+class Busy(OSError):
+    """The run is being done by another process or thread."""
+
+
+@contextmanager
+def lock(path: Path, timeout: float = 1.0) -> Iterator[None]:
+    """Hold the lock file `path` in the context; Busy if somebody else does for `timeout` seconds.
+
+    The operating system keeps the lock and releases it when the process ends, however it ends. The
+    file is removed with the lock; one that a killed process left is not locked, and is removed by
+    the next holder or look at it. Machines that share a folder see each other's locks if its file
+    system passes them on, as NFS 4 does. Where it does not, two machines may do the same run; where
+    it has no locks at all, taking one raises OSError.
+    """
+    try:
+        # Several users may share the folder, so that all may open the file, which is empty.
+        held = FileLock(path, mode=0o666).acquire(timeout, poll_interval=0.02)
+    except Timeout as error:
+        raise Busy(f"{path.stem} is being run by another process, which holds {path}") from error
+    with held:
+        try:
+            yield
+        finally:
+            # Before the release: filelock refuses a file that was removed while it waited for it.
+            with suppress(PermissionError):  # Windows, where filelock removes it after the release
+                path.unlink(missing_ok=True)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock file `path`."""
+    if not path.exists():
+        return False
+    try:
+        with lock(path, timeout=0):  # so briefly that one who wants the lock outwaits it
+            return False
+    except Busy:
+        return True
+
+
+def lock_of(path: Path) -> Path:
+    """The lock file of the run whose record is `path`; it lies beside the checkpoint."""
+    return path.parent / "checkpoints" / f"{path.stem}.lock"

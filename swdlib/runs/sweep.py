@@ -92,65 +92,46 @@ def sweep(
     """
     if retries < 0:
         raise ValueError(f"retries must be 0 or more, not {retries}")
-    return _Sweep(list(configs), folder, workers, retries, tell).outcomes()
+    waiting, running, failures = list(configs), dict[Future[Any], Config](), Counter[Config]()
+    progress = _Progress(len(waiting), folder, tell)
+    while waiting or running:
+        for config in list(waiting):
+            path = records.path_of(config.settings(), folder)
+            if path.exists():
+                waiting.remove(config)
+                yield progress.end(config)
+            elif len(running) < workers.slots and not is_locked(lock_of(path)):
+                waiting.remove(config)
+                tell(f"next: {config.title()}")
+                running[workers.start(config)] = config
+        if waiting and not running:
+            time.sleep(POLL)
+        for future in wait(running, timeout=POLL, return_when=FIRST_COMPLETED).done:
+            config, error = running.pop(future), future.exception()
+            if error is None:
+                progress.done_here += 1
+                yield progress.end(config)
+            elif isinstance(error, Busy):  # another process was faster
+                waiting.append(config)
+            else:
+                reason = (str(error).strip() or repr(error)).splitlines()[-1]
+                failures[config] += 1
+                if failures[config] > retries:
+                    yield progress.end(config, reason)
+                else:
+                    tell(f"restarted, since it failed ({reason}): {config.title()}")
+                    waiting.insert(0, config)
 
 
-class _Sweep:
-    def __init__(
-        self,
-        waiting: list[Config],
-        folder: Path,
-        workers: Workers,
-        retries: int,
-        tell: Callable[[str], None],
-    ):
-        self.waiting, self.total = waiting, len(waiting)
-        self.folder, self.workers, self.retries, self.tell = folder, workers, retries, tell
-        self.running: dict[Future[Any], Config] = {}
-        self.failures: Counter[Config] = Counter()
+class _Progress:
+    """How many runs of a sweep have ended, and when the others will have."""
+
+    def __init__(self, total: int, folder: Path, tell: Callable[[str], None]):
+        self.total, self.folder, self.tell = total, folder, tell
         self.ended = self.done_here = 0
         self.began = time.monotonic()
 
-    def outcomes(self) -> Iterator[Outcome]:
-        while self.waiting or self.running:
-            yield from self._start()
-            if self.running:
-                done, _ = wait(self.running, timeout=POLL, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield from self._finish(self.running.pop(future), future)
-            elif self.waiting:
-                time.sleep(POLL)
-
-    def _start(self) -> Iterator[Outcome]:
-        """Start as many runs as there are slots for; those on record by now have ended."""
-        for config in list(self.waiting):
-            path = records.path_of(config.settings(), self.folder)
-            if path.exists():
-                self.waiting.remove(config)
-                yield self._end(config)
-            elif len(self.running) < self.workers.slots and not is_locked(lock_of(path)):
-                self.waiting.remove(config)
-                self.tell(f"next: {config.title()}")
-                self.running[self.workers.start(config)] = config
-
-    def _finish(self, config: Config, future: Future[Any]) -> Iterator[Outcome]:
-        try:
-            future.result()
-        except Busy:  # another process was faster
-            self.waiting.append(config)
-        except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[-1]
-            self.failures[config] += 1
-            if self.failures[config] <= self.retries:
-                self.tell(f"restarted, since it failed ({reason}): {config.title()}")
-                self.waiting.insert(0, config)
-            else:
-                yield self._end(config, reason)
-        else:
-            self.done_here += 1
-            yield self._end(config)
-
-    def _end(self, config: Config, error: str = "") -> Outcome:
+    def end(self, config: Config, error: str = "") -> Outcome:
         """Tell how a run ended, and estimate the time left as if the others took as long."""
         path, record = records.path_of(config.settings(), self.folder), None
         try:
