@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,14 @@ from swdlib.runs.config import Config, type_of
 from swdlib.runs.devices import find_device, is_main_process
 from swdlib.runs.dryrun import dry_run
 from swdlib.runs.records import load_records, tabulate
-from swdlib.runs.run import BUSY, Busy, run_alone
+from swdlib.runs.run import BUSY, Busy, run
 from swdlib.runs.sweep import grid, read_grid, sweep
-from swdlib.runs.workers import Place, local, on_ray
+from swdlib.runs.workers import local, on_ray
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PLACES = {"local": ("jobs",), "ray": ("cpus", "gpus", "address")}  # flags that each alone has
+WORKERS = {"local": ("jobs",), "ray": ("cpus", "gpus", "address")}  # and the flags of each alone
 SHOWN = [
     *("dataset", "data_source", "model", "width", "recipe", "structure", "target_sparsity"),
     *("epochs", "seed", "status", "sparsity", "parameters", "loss", "top1", "top5", "run"),
@@ -48,19 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"swdlib: error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"swdlib: stopped{_how_to_go_on(options)}")
-
-
-def _how_to_go_on(options: argparse.Namespace) -> str:
-    if options.do not in (_run, _sweep) or getattr(options, "dry_run", False):
-        return ""
-    but = ", without --again," if getattr(options, "again", False) else ""
-    return f"; the same command{but} goes on from the last checkpoint"
+        if options.do not in (_run, _sweep) or getattr(options, "dry_run", False):
+            sys.exit("swdlib: stopped")
+        but = ", without --again," if getattr(options, "again", False) else ""
+        sys.exit(f"swdlib: stopped; the same command{but} goes on from the last checkpoint")
 
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """In the context, SIGTERM ends a command as Ctrl-C does: claims are given back."""
+    """In the context, SIGTERM ends a command as Ctrl-C does, so that it can clean up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -80,10 +76,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dry-run", action="store_true", help="two steps, and what all would take")
     _add_settings(one)
     many = _command(commands, "sweep", _sweep, "run a grid file, or every combination of values")
-    _add_places(many)
+    many.add_argument("grid", nargs="?", metavar="GRID.toml", help="file of settings and lists")
+    many.add_argument("--on", choices=WORKERS, default="local", help="where the runs are done")
+    many.add_argument("--retries", type=int, default=2, help="restarts of a run that fails")
+    add = partial(many.add_argument, default=argparse.SUPPRESS)
+    add("--jobs", type=int, help="local: processes at a time (default: 1)")
+    add("--cpus", type=float, help="ray: processors that a run asks for (default: 1)")
+    add("--gpus", type=float, help="ray: GPUs that a run asks for (default: 0)")
+    add("--address", help="ray: of a cluster (default: RAY_ADDRESS, or this machine)")
     _add_settings(many, nargs="+")
     _command(commands, "show", _show, "print the records as a table")
-    check = _command(commands, "check", _check, "verify every record", "records")
+    check = _command(commands, "check", _check, "verify every record", "records", nargs="?")
     check.add_argument("--data-root", metavar="FOLDER", help="data to compute figures again with")
     return top
 
@@ -94,46 +97,28 @@ def _command(
     do: Callable[[argparse.Namespace], None],
     meaning: str,
     folder: str = "--records",
+    **options: Any,
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=meaning, description=meaning)
     command.set_defaults(do=do)
-    optional: dict[str, Any] = {} if folder.startswith("-") else {"nargs": "?"}
-    command.add_argument(folder, metavar="FOLDER", help="where records are kept", **optional)
+    command.add_argument(folder, metavar="FOLDER", help="where records are kept", **options)
     return command
-
-
-def _add_places(command: argparse.ArgumentParser) -> None:
-    command.add_argument("grid", nargs="?", metavar="GRID.toml", help="file of settings and lists")
-    add = command.add_argument
-    add("--on", choices=tuple(PLACES), default="local", help="where the runs are done")
-    add("--retries", type=int, default=2, help="how often a run that fails is begun again")
-    add = partial(command.add_argument, default=argparse.SUPPRESS)
-    add("--jobs", type=int, help="local: processes at a time (default: 1)")
-    add("--cpus", type=float, help="ray: processors that a run asks for (default: 1)")
-    add("--gpus", type=float, help="ray: GPUs that a run asks for (default: 0)")
-    add("--address", help="ray: of a cluster (default: RAY_ADDRESS, or this machine)")
 
 
 def _add_settings(command: argparse.ArgumentParser, **options: Any) -> None:
     settings = command.add_argument_group("settings (by default as in the profile)")
     for setting in fields(Config):
         choices = setting.metadata["choices"]
-        meaning = setting.metadata["meaning"] + (f": {', '.join(choices)}" if choices else "")
+        kind = type_of(setting.type)
         settings.add_argument(
             f"--{setting.name.replace('_', '-')}",
             f"--{setting.name}",
-            type=_reader(setting.type),
+            type=_truth if kind is bool else kind,
             default=argparse.SUPPRESS,
             metavar=setting.name.upper(),
-            help=meaning,
+            help=setting.metadata["meaning"] + (f": {', '.join(choices)}" if choices else ""),
             **options,
         )
-
-
-def _reader(kind: Any) -> Callable[[str], Any]:
-    """What turns a flag's text into the type of its field."""
-    wanted = type_of(kind)
-    return _truth if wanted is bool else wanted
 
 
 def _truth(text: str) -> bool:
@@ -154,13 +139,12 @@ def _run(options: argparse.Namespace) -> None:
         print(f"swdlib: {config.recipe} does not use {', '.join(unused)}", file=sys.stderr)
     _warn_of_emulation([config])
     if options.dry_run:
-        estimate = dry_run(config)
-        if is_main_process():
-            print(estimate.text())
-        return
-    record = run_alone(config, options.records, again=options.again)
+        text = dry_run(config).text()
+    else:
+        record = run(config, options.records, again=options.again)
+        text = f"{config.title()}\n{record.summary()}"
     if is_main_process():
-        print(f"{config.title()}\n{record.summary()}")
+        print(text)
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -169,24 +153,21 @@ def _sweep(options: argparse.Namespace) -> None:
     folder = Path(options.records or records.default_folder())
     if options.on == "local":
         _warn_of_emulation(configs)
-    with _place(options, folder) as place:
-        outcomes = list(sweep(configs, folder, place, retries=options.retries, tell=_say))
+    own = WORKERS[options.on]
+    asked = {n: getattr(options, n) for names in WORKERS.values() for n in names if n in options}
+    if foreign := [name for name in asked if name not in own]:
+        flags = " and ".join(f"--{name}" for name in own)
+        raise ValueError(f"--{foreign[0]} means nothing with --on {options.on}, which has {flags}")
+    with (on_ray if options.on == "ray" else local)(folder, **asked) as workers:
+        tell = partial(print, flush=True)
+        outcomes = list(sweep(configs, folder, workers, retries=options.retries, tell=tell))
     table = tabulate(outcome.record for outcome in outcomes if outcome.record)
     if not table.empty:
-        print(tidy(table).to_string(index=False, na_rep="-"))
+        _print(table)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         lines = [f"\n  {outcome.config.title()}: {outcome.error}" for outcome in failed]
         raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed:{''.join(lines)}")
-
-
-def _place(options: argparse.Namespace, folder: Path) -> AbstractContextManager[Place]:
-    """Where the runs are done; ValueError if a flag is that of another place."""
-    given = {n: getattr(options, n) for names in PLACES.values() for n in names if n in options}
-    if foreign := [name for name in given if name not in PLACES[options.on]]:
-        own = " and ".join(f"--{name}" for name in PLACES[options.on])
-        raise ValueError(f"--{foreign[0]} means nothing with --on {options.on}, which has {own}")
-    return on_ray(folder, **given) if options.on == "ray" else local(folder, **given)
 
 
 def _warn_of_emulation(configs: Sequence[Config]) -> None:
@@ -197,16 +178,21 @@ def _warn_of_emulation(configs: Sequence[Config]) -> None:
         print("swdlib: bf16 is slow on this processor: try --precision fp32", file=sys.stderr)
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def _show(options: argparse.Namespace) -> None:
     table = load_records(options.records)
     if table.empty:
         folder = options.records or records.default_folder()
         raise ValueError(f"there is no record in {folder}; `swdlib run` makes one")
-    print(tidy(table).to_string(index=False, na_rep="-"))
+    _print(table)
+
+
+def _print(table: "pd.DataFrame") -> None:
+    """Print the last row of each run, in the columns that matter, with like runs side by side."""
+    last = table.groupby("run", sort=False).tail(1)
+    order = [c for c in ("dataset", "model", "width", "target_sparsity", "recipe") if c in last]
+    last = last[[name for name in SHOWN if name in last]].sort_values(order)
+    digits = {"loss": 4, "top1": 2, "top5": 2}
+    print(last.round(digits).to_string(index=False, na_rep="-"))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -218,22 +204,12 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--data-root must be a folder, not {root}")
     wrong = total = 0
     for found in audit_all(folder, root):
-        _say(str(found))
+        print(found, flush=True)
         total, wrong = total + 1, wrong + bool(found.problems)
     if not total:
         raise ValueError(f"there is no record in {folder}")
     if wrong:
         raise ValueError(f"{wrong} of {total} records in {folder} are wrong")
-
-
-def tidy(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The last row of each run, the columns that matter, best seen side by side."""
-    last = table.groupby("run", sort=False).tail(1)
-    columns = [name for name in SHOWN if name in last]
-    order = [c for c in ("dataset", "model", "width", "target_sparsity", "recipe") if c in last]
-    return (
-        last[columns].sort_values(order, ignore_index=True).round({"loss": 4, "top1": 2, "top5": 2})
-    )
 
 
 if __name__ == "__main__":  # for `accelerate launch -m swdlib.cli`

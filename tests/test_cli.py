@@ -18,8 +18,8 @@ from swdlib import cli
 from swdlib.runs import records
 from swdlib.runs.config import Config
 from swdlib.runs.records import load_records
-from swdlib.runs.run import claim, claim_of
-from swdlib.runs.workers import Place
+from swdlib.runs.run import lock, lock_of
+from swdlib.runs.workers import Workers
 
 GRIDS = Path(__file__).resolve().parents[1] / "book" / "grids"
 QUICK = ["--epochs", "1", "--width", "4"]
@@ -78,30 +78,33 @@ def test_sweep_takes_several_values(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 class Stubborn:
-    """A place where every run fails."""
+    """Workers with whom every run fails."""
 
     @contextmanager
-    def __call__(self, *arguments: Any, **options: Any) -> Iterator[Place]:
+    def __call__(self, *arguments: Any, **options: Any) -> Iterator[Workers]:
         def start(config: Config) -> "Future[Any]":
             future: Future[Any] = Future()
             future.set_exception(RuntimeError("killed by SIGKILL"))
             return future
 
-        yield Place(start, slots=1)
+        yield Workers(start, slots=1)
 
 
-@pytest.mark.parametrize("place", ["local", "ray"])
+@pytest.mark.parametrize("workers", ["local", "ray"])
 def test_a_sweep_of_a_grid_file_tells_at_the_end_what_failed(
-    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    workers: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(cli, "on_ray" if place == "ray" else "local", Stubborn())
-    command = ["sweep", str(GRIDS / "digits.toml"), "--on", place, "--retries", "1", "--seed", "7"]
+    monkeypatch.setattr(cli, "on_ray" if workers == "ray" else "local", Stubborn())
+    command = ["sweep", str(GRIDS / "digits.toml"), "--on", workers, "--retries", "1"]
     with pytest.raises(SystemExit, match="4 of 4 runs failed") as stopped:
-        cli.main([*command, "--records", str(tmp_path)])
+        cli.main([*command, "--seed", "7", "--records", str(tmp_path)])
     assert "dense: cnn of width 16 on digits, 6 epochs, seed 7: killed by SIGKILL" in str(
         stopped.value
     )
-    assert capsys.readouterr().out.count("begun again") == 4
+    assert capsys.readouterr().out.count("restarted") == 4
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_a_sweep_of_a_grid_file_tells_at_the_end_what_failed(
         (["--on", "ray", "--jobs", "2"], "--on ray, which has --cpus and --gpus and --address"),
     ],
 )
-def test_a_flag_of_another_place_is_refused(flags: list[str], told: str, tmp_path: Path) -> None:
+def test_a_flag_of_other_workers_is_refused(flags: list[str], told: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=told):
         cli.main(["sweep", *QUICK, *flags, "--records", str(tmp_path)])
     assert not list(tmp_path.iterdir())
@@ -153,25 +156,25 @@ def test_a_run_that_is_done_elsewhere_has_an_exit_status_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = Config(epochs=1, width=4)
-    path = claim_of(records.path_of(config.settings(), tmp_path))
-    with claim(path), pytest.raises(SystemExit) as stopped:
+    path = lock_of(records.path_of(config.settings(), tmp_path))
+    with lock(path), pytest.raises(SystemExit) as stopped:
         cli.main(["run", *QUICK, "--records", str(tmp_path)])
     assert stopped.value.code == 75
-    assert "is being run by process" in capsys.readouterr().err
+    assert "is being run by another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_that_is_stopped_says_how_to_go_on(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "run_alone", lambda *a, **o: os.kill(os.getpid(), number))
+    monkeypatch.setattr(cli, "run", lambda *a, **o: os.kill(os.getpid(), number))
     # A shell's background job ignores Ctrl-C, and so would these tests in one.
     given = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="; the same command goes on from the last checkpoint"):
         cli.main(["run"])
     with pytest.raises(SystemExit, match=r"command, without --again, goes on from the last"):
-        cli.main(["run", "--again"])  # which would begin again
+        cli.main(["run", "--again"])  # which would start from the beginning
     assert signal.getsignal(signal.SIGTERM) == before
     signal.signal(signal.SIGINT, given)
 

@@ -1,14 +1,7 @@
-"""Experiments: a configuration in, a record out. A run that is on record is not run again."""
+"""Runs: a configuration in, a record out. A run on record is not trained again."""
 
 import hashlib
-import json
-import math
-import os
 import platform
-import socket
-import threading
-import time
-import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
@@ -18,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from swdlib.data.load import AnyDataset, load_data
@@ -40,8 +34,10 @@ UNDECIDING = (
     *("sparse_kernels", "sweeps"),
 )
 
-# Structures whose units leave the network for good, so that it is measured once more without them.
-LEAVING = ("filters", "channels", "filters_and_channels")
+# Structures whose units can be cut out of the network, which is then measured once more.
+SHRINKABLE = ("filters", "channels", "filters_and_channels")
+
+BUSY = 75  # exit status of `swdlib run` for Busy; sysexits.h: temporary failure, try again later
 
 
 def run(
@@ -54,56 +50,59 @@ def run(
     """The record of `config`: read from `folder` if it is there, otherwise trained and written.
 
     A run that was stopped resumes from its checkpoint below `folder`; ValueError if other code
-    wrote that. Beside the record lies the trained network, as a sparse file (see
-    `deploy.load_sparse`). `again` trains even so, from the start. The default folder is
-    `records.default_folder()`.
+    wrote that. `again` trains from the start, whatever is there. Beside the record lies the trained
+    network, as a sparse file (see `deploy.load_sparse`). Busy, an OSError, if another process or
+    thread is doing the run, see `lock`. The default folder is `records.default_folder()`.
     """
     folder = Path(folder or records.default_folder())
     path = records.path_of(config.settings(), folder)
     if path.exists() and not again:
         return records.load(path)
-    device = find_device(config.device)
-    checkpoint = path.parent / "checkpoints" / f"{path.stem}.pt"
-    with main_process_first():
-        if again:
+    device = find_device(config.device)  # the processes of one accelerate run find each other
+    with lock(lock_of(path)) if is_main_process() else nullcontext():
+        checkpoint = lock_of(path).with_suffix(".pt")
+        with main_process_first():
+            if path.exists() and not again:  # another process was faster
+                return records.load(path)
+            if again:
+                checkpoint.unlink(missing_ok=True)
+            root, holdout = config.data_root, config.holdout
+            data = load_data(config.dataset, root, device=device, holdout=holdout)
+        model = build(config, data)
+        options = options_of(config, checkpoint=checkpoint, code=code_digest(), progress=progress)
+        if config.tracker:
+            trackers = path.parent / "trackers"
+            options["log_to"] = Tracker(config.tracker, trackers, path.stem, config.settings())
+        record = _train(config, model, data, options)
+        if is_main_process():
+            weights = {name: p.detach() for name, p in model.named_parameters() if is_prunable(p)}
+            masks = {name: is_stored(weight) for name, weight in weights.items()}
+            save_sparse(model, masks, path.with_suffix(".safetensors"))
+            records.save(record, folder)
             checkpoint.unlink(missing_ok=True)
-        data = load_data(config.dataset, config.data_root, device=device, holdout=config.holdout)
-    model = build(config, data)
-    options = options_of(config, checkpoint=checkpoint, code=code_digest(), progress=progress)
-    if config.tracker:
-        trackers = path.parent / "trackers"
-        options["log_to"] = Tracker(config.tracker, trackers, path.stem, config.settings())
-    record = _train(config, model, data, options)
-    if is_main_process():
-        _save(model, path.with_suffix(".safetensors"))
-        records.save(record, folder)
-        checkpoint.unlink(missing_ok=True)
-    return record
-
-
-def _save(model: nn.Module, path: Path) -> None:
-    """Write the network, without its zeros."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if is_prunable(p)}
-    save_sparse(model, {name: is_stored(w) for name, w in weights.items()}, path)
+        return record
 
 
 def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str, Any]) -> Record:
-    # A folder of this machine is no result, nor who is told of it.
+    # A record does not say where the data lay or which tracker watched.
     settings = {**config.settings(), "data_root": None, "tracker": None}
     facts = provenance(data)
     try:
         example = next(data.test_batches(2))[0]
         rows = train(model, data, phases_of(config, example), **options)
-        if config.structure in LEAVING:
-            rows.append(_shrunk(model, data, example, rows[-1]))
-        rows[-1] |= _renewed(model, data)
+        if config.structure in SHRINKABLE:
+            rows.append(_measure_shrunk(model, data, example, rows[-1]))
+        twin = recalibrated(model, data)
+        if twin is not None:
+            measured = evaluate(twin, data)
+            rows[-1] |= {f"renewed_{name}": value for name, value in measured.items()}
     except NotFinite as error:
         return Record(settings, [], {**facts, "error": str(error)}, status="diverged")
     return Record(settings, rows, facts)
 
 
-def _shrunk(model: nn.Module, data: AnyDataset, example: Tensor, last: Row) -> Row:
-    """The row of the network that is left: measured again, and timed on one image, in turn."""
+def _measure_shrunk(model: nn.Module, data: AnyDataset, example: Tensor, last: Row) -> Row:
+    """The row of the shrunk network: measured again, and timed on one image beside the dense."""
     masks = {name: p.detach() != 0 for name, p in model.named_parameters()}
     small, image = shrink(model, masks, example), example[:1]
     with in_eval(model), in_eval(small), torch.inference_mode():
@@ -118,13 +117,6 @@ def _shrunk(model: nn.Module, data: AnyDataset, example: Tensor, last: Row) -> R
         "latency_ms": 1000 * seconds["shrunk"],
         "dense_latency_ms": 1000 * seconds["dense"],
     }
-
-
-def _renewed(model: nn.Module, data: AnyDataset) -> Row:
-    """What the last row has besides: the network measured with new batch-norm statistics."""
-    fresh = recalibrated(model, data)
-    measured = evaluate(fresh, data) if fresh else {}
-    return {f"renewed_{name}": value for name, value in measured.items()}
 
 
 def provenance(data: AnyDataset) -> dict[str, Any]:
@@ -168,126 +160,45 @@ def digest_of(files: Mapping[str, bytes], undeciding: Collection[str]) -> str:
     return digest.hexdigest()[:12]
 
 
-# claims --------------------------------------------------------------------------------
-
-BEAT = 20.0  # seconds from one heartbeat to the next
-STALE = 300.0  # seconds without one; the clocks of machines that share a folder differ by less
-
-
 class Busy(OSError):
-    """The run is being done by another process."""
+    """The run is being done by another process or thread."""
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[None]:
-    """Hold the claim file `path` in the context; Busy, an OSError, if another process holds it.
+def lock(path: Path, timeout: float = 1.0) -> Iterator[None]:
+    """Hold the lock file `path` in the context; Busy if somebody else does for `timeout` seconds.
 
-    Of several processes, on one machine or on several with a common folder, one gets it. The file
-    says which: its host and pid, as JSON.
+    The operating system keeps the lock and releases it when the process ends, however it ends. The
+    file is removed with the lock; one that a killed process left is not locked, and is removed by
+    the next holder or look at it. Machines that share a folder see each other's locks if its file
+    system passes them on, as NFS 4 does. Where it does not, two machines may do the same run; where
+    it has no locks at all, taking one raises OSError.
     """
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) if path.exists() and not is_claimed(path) else nullcontext():
-        _create(path, json.dumps(mine))
-    done = threading.Event()
-    threading.Thread(target=_beat, args=(path, mine, done), daemon=True).start()
     try:
-        yield
-    finally:
-        done.set()
-        if _read(path) == mine:  # one that slept too long has lost it
-            path.unlink(missing_ok=True)
+        # Several users may share the folder, so that all may open the file, which is empty.
+        held = FileLock(path, mode=0o666).acquire(timeout, poll_interval=0.02)
+    except Timeout as error:
+        raise Busy(f"{path.stem} is being run by another process, which holds {path}") from error
+    with held:
+        try:
+            yield
+        finally:
+            # Before the release: filelock refuses a file that was removed while it waited for it.
+            with suppress(PermissionError):  # Windows, where filelock removes it after the release
+                path.unlink(missing_ok=True)
 
 
-def is_claimed(path: Path) -> bool:
-    """Whether there is a claim that counts."""
-    return _age(path) < STALE and _may_be_alive(_read(path))
-
-
-def _age(path: Path) -> float:
-    """Seconds since the last heartbeat; infinite if the file is not there, or no longer."""
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return math.inf
-
-
-def _beat(path: Path, mine: dict[str, Any], done: threading.Event) -> None:
-    while not done.wait(BEAT):
-        if _read(path) == mine:  # another's, once it was taken over, must be able to grow stale
-            with suppress(OSError):  # gone, or a network's folder that fails for a moment
-                os.utime(path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What a claim says; nothing if it is not there, or not written out yet."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _may_be_alive(holder: dict[str, Any]) -> bool:
-    pid = holder.get("pid")
-    if holder.get("host") != socket.gethostname() or not isinstance(pid, int) or os.name == "nt":
-        return True  # only the heartbeat tells
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock file `path`."""
+    if not path.exists():
         return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _create(path: Path, text: str = "") -> None:
     try:
-        with path.open("x", encoding="utf-8") as file:  # O_EXCL: fails if it exists
-            file.write(text)
-    except FileExistsError as error:
-        holder = "process {pid} on {host}".format(**{"pid": "?", "host": "?", **_read(path)})
-        raise Busy(f"{path.stem} is being run by {holder}") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[None]:
-    """Delete a stale claim, alone: who saw it at the same time must not delete what comes next."""
-    guard = path.with_suffix(".takeover")
-    try:
-        _create(guard)
+        with lock(path, timeout=0):  # so briefly that one who wants the lock outwaits it
+            return False
     except Busy:
-        if STALE < _age(guard) < math.inf:  # its process died in here
-            guard.unlink(missing_ok=True)
-        raise
-    try:
-        if not is_claimed(path):
-            path.unlink(missing_ok=True)
-        yield
-    finally:
-        guard.unlink(missing_ok=True)
+        return True
 
 
-BUSY = 75  # exit status of a run that another process is doing; sysexits.h: try again later
-
-
-def run_alone(
-    config: Config,
-    folder: str | Path | None = None,
-    *,
-    again: bool = False,
-    progress: bool = True,
-) -> Record:
-    """As `experiments.run`; Busy, an OSError, if another process is doing the same run."""
-    folder = Path(folder or records.default_folder())
-    path = records.path_of(config.settings(), folder)
-    if path.exists() and not again:
-        return records.load(path)
-    find_device(config.device)  # the processes of one run find each other
-    with claim(claim_of(path)) if is_main_process() else nullcontext():
-        return run(config, folder, again=again, progress=progress)
-
-
-def claim_of(path: Path) -> Path:
-    """The claim of the run whose record is `path`; it lies beside the checkpoint."""
-    return path.parent / "checkpoints" / f"{path.stem}.claim"
+def lock_of(path: Path) -> Path:
+    """The lock file of the run whose record is `path`; it lies beside the checkpoint."""
+    return path.parent / "checkpoints" / f"{path.stem}.lock"

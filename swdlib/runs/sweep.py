@@ -1,4 +1,4 @@
-"""Sweeps: many runs; what is on record already, or being done elsewhere, is not done again."""
+"""Sweeps: many runs; one on record is not done again, one done elsewhere is waited for."""
 
 import itertools
 import sys
@@ -13,19 +13,19 @@ from typing import Any
 from swdlib.runs import records
 from swdlib.runs.config import Config
 from swdlib.runs.records import Record, address, duration
-from swdlib.runs.run import Busy, claim_of, is_claimed
-from swdlib.runs.workers import Place
+from swdlib.runs.run import Busy, is_locked, lock_of
+from swdlib.runs.workers import Workers
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-POLL = 2.0  # seconds from one look to the next at runs that are done elsewhere
+POLL = 2.0  # seconds between looks at runs that other processes do
 
 
 def grid(settings: Mapping[str, Sequence[Any]]) -> list[Config]:
-    """Every combination of the settings' values, without those that come to the same run.
+    """Every combination of the settings' values; those that make the same run count once.
 
     >>> [c.recipe for c in grid({"recipe": ["dense", "swd"], "sparsity": [0.9, 0.95]})]
     ['dense', 'swd', 'swd']
@@ -39,11 +39,11 @@ def _once(configs: Iterator[Config]) -> list[Config]:
 
 
 def read_grid(path: str | Path, given: Mapping[str, Sequence[Any]] | None = None) -> list[Config]:
-    """The runs of a grid file, in its order, each once; `given` takes the place of its settings.
+    """The runs of a grid file, in its order, each once; `given` overrides its settings.
 
     The file is TOML: settings, each a value or a list of values, and any number of blocks
-    `[[grid]]` of further settings. A block is every combination of its values and those above the
-    blocks. ValueError that names the file and the setting if something is wrong with it.
+    `[[grid]]` of further settings. A block gives every combination of its values and those above
+    the blocks. A mistake raises ValueError with the file and the setting.
     """
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -79,98 +79,73 @@ class Outcome:
 def sweep(
     configs: Sequence[Config],
     folder: Path,
-    place: Place,
+    workers: Workers,
     *,
     retries: int = 2,
     tell: Callable[[str], None] = print,
 ) -> Iterator[Outcome]:
-    """Do the runs at `place`, in order, and yield how each ended when it has.
+    """Let `workers` do the runs, in order, and yield how each ended as soon as it has.
 
     A run on record is not done again; one that another process is doing is waited for. A run that
-    fails is begun again `retries` times, from its checkpoint; then the others go on without it.
-    `tell` is called with lines that say where the sweep is and when it will be over.
+    fails is restarted from its checkpoint up to `retries` times; then the others go on without it.
+    `tell` is called with lines on the progress of the sweep and the time left.
     """
     if retries < 0:
         raise ValueError(f"retries must be 0 or more, not {retries}")
-    return _Sweep(configs, folder, place, retries, tell).outcomes()
+    waiting, running, failures = list(configs), dict[Future[Any], Config](), Counter[Config]()
+    progress = _Progress(len(waiting), folder, tell)
+    while waiting or running:
+        for config in list(waiting):
+            path = records.path_of(config.settings(), folder)
+            if path.exists():
+                waiting.remove(config)
+                yield progress.end(config)
+            elif len(running) < workers.slots and not is_locked(lock_of(path)):
+                waiting.remove(config)
+                tell(f"next: {config.title()}")
+                running[workers.start(config)] = config
+        if waiting and not running:
+            time.sleep(POLL)
+        for future in wait(running, timeout=POLL, return_when=FIRST_COMPLETED).done:
+            config, error = running.pop(future), future.exception()
+            if error is None:
+                progress.done_here += 1
+                yield progress.end(config)
+            elif isinstance(error, Busy):  # another process was faster
+                waiting.append(config)
+            else:
+                reason = (str(error).strip() or repr(error)).splitlines()[-1]
+                failures[config] += 1
+                if failures[config] > retries:
+                    yield progress.end(config, reason)
+                else:
+                    tell(f"restarted, since it failed ({reason}): {config.title()}")
+                    waiting.insert(0, config)
 
 
-class _Sweep:
-    def __init__(
-        self,
-        configs: Sequence[Config],
-        folder: Path,
-        place: Place,
-        retries: int,
-        tell: Callable[[str], None],
-    ):
-        self.waiting, self.total = list(configs), len(configs)
-        self.folder, self.place, self.retries, self.tell = folder, place, retries, tell
-        self.running: dict[Future[Any], Config] = {}
-        self.tries: Counter[Config] = Counter()
-        self.over = self.done_here = 0
+class _Progress:
+    """How many runs of a sweep have ended, and when the others will have."""
+
+    def __init__(self, total: int, folder: Path, tell: Callable[[str], None]):
+        self.total, self.folder, self.tell = total, folder, tell
+        self.ended = self.done_here = 0
         self.began = time.monotonic()
 
-    def outcomes(self) -> Iterator[Outcome]:
-        while self.waiting or self.running:
-            yield from self._start()
-            if self.running:
-                done, _ = wait(self.running, timeout=POLL, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield from self._end(self.running.pop(future), future)
-            elif self.waiting:
-                time.sleep(POLL)
-
-    def _start(self) -> Iterator[Outcome]:
-        """Start what there is room for; what is on record by now is over."""
-        for config in list(self.waiting):
-            path = records.path_of(config.settings(), self.folder)
-            if path.exists():
-                self.waiting.remove(config)
-                yield self._read(config)
-            elif len(self.running) < self.place.slots and not is_claimed(claim_of(path)):
-                self.waiting.remove(config)
-                self.tell(f"next: {config.title()}")
-                self.running[self.place.start(config)] = config
-
-    def _end(self, config: Config, future: Future[Any]) -> Iterator[Outcome]:
+    def end(self, config: Config, error: str = "") -> Outcome:
+        """Tell how a run ended, and estimate the time left as if the others took as long."""
+        path, record = records.path_of(config.settings(), self.folder), None
         try:
-            future.result()
-        except Busy:  # somebody else was faster
-            self.waiting.append(config)
-        except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[-1]
-            self.tries[config] += 1
-            if self.tries[config] <= self.retries:
-                self.tell(f"begun again, since it failed ({reason}): {config.title()}")
-                self.waiting.insert(0, config)
-            else:
-                yield self._over(Outcome(config, error=reason))
-        else:
-            self.done_here += 1
-            yield self._read(config)
-
-    def _read(self, config: Config) -> Outcome:
-        path = records.path_of(config.settings(), self.folder)
-        try:
-            return self._over(Outcome(config, records.load(path)))
+            record = None if error else records.load(path)
         except FileNotFoundError:
-            lost = f"no record came to {path}: do all machines share that folder?"
-            return self._over(Outcome(config, error=lost))
-        except ValueError as error:
-            return self._over(Outcome(config, error=str(error)))
-
-    def _over(self, outcome: Outcome) -> Outcome:
-        self.over += 1
-        said = outcome.record.summary() if outcome.record else f"failed: {outcome.error}"
-        head = f"[{self.over}/{self.total}] {outcome.config.title()}"
-        self.tell(f"{head}: {said}{self._time_left()}")
-        return outcome
-
-    def _time_left(self) -> str:
-        """An estimate from the runs done by this sweep, as if the others took as long."""
-        left = self.total - self.over
-        if not (left and self.done_here):
-            return ""
-        seconds = (time.monotonic() - self.began) / self.done_here * left
-        return f"; about {duration(seconds)} left"
+            error = f"no record came to {path}: do all machines share that folder?"
+        except ValueError as damaged:
+            error = str(damaged)
+        self.ended += 1
+        result = record.summary() if record else f"failed: {error}"
+        line = f"[{self.ended}/{self.total}] {config.title()}: {result}"
+        left = self.total - self.ended
+        if left and self.done_here:
+            seconds = (time.monotonic() - self.began) / self.done_here * left
+            line += f"; about {duration(seconds)} left"
+        self.tell(line)
+        return Outcome(config, record, error)

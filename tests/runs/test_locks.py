@@ -1,177 +1,166 @@
-"""Claims: one process at a time, and none that is gone stands in the way."""
+"""Locks: one process or thread at a time, and none that has ended stands in the way."""
 
-import errno
-import json
-import os
-import socket
+import fcntl
+import signal
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from swdlib.runs import run as claims
-from swdlib.runs.run import Busy, claim, is_claimed
+from swdlib.runs.run import Busy, is_locked, lock, lock_of
+
+HOLD = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1], timeout=0):
+    print("held", flush=True)
+    time.sleep(600)
+"""
 
 
-def gone() -> int:
-    """Return the pid of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+@contextmanager
+def held_elsewhere(path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Hold the lock in another process."""
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def left_behind(path: Path, age: float = 0.0, **changes: Any) -> None:
-    """Write the claim of a process that was killed."""
-    host = socket.gethostname()
-    path.write_text(json.dumps({"host": host, "pid": gone(), "token": "x", **changes}), "utf-8")
-    os.utime(path, (time.time() - age,) * 2)
+def test_the_lock_file_lies_beside_the_checkpoint() -> None:
+    path = Path("records/smoke/digits-cnn-swd-0.9-0123.json")
+    assert lock_of(path) == Path("records/smoke/checkpoints/digits-cnn-swd-0.9-0123.lock")
 
 
-def test_a_claim_says_whose_it_is_and_goes_with_its_context(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoints" / "run.claim"
-    with claim(path):
-        assert is_claimed(path)
-        assert json.loads(path.read_text("utf-8"))["pid"] == os.getpid()
-        with (
-            pytest.raises(Busy, match=f"run is being run by process {os.getpid()} on"),
-            claim(path),
-        ):
-            pass
-        assert is_claimed(path)
-    assert not is_claimed(path)
+def test_a_lock_and_its_file_last_as_long_as_the_context(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "run-0.9-0123.lock"
+    assert not is_locked(path) and not path.parent.exists()
+    with lock(path):
+        assert is_locked(path) and path.exists()
+        with pytest.raises(Busy, match=r"run-0.9-0123 is being run by another process.*\.lock$"):
+            lock(path, timeout=0).__enter__()
+        assert is_locked(path)
+    assert not is_locked(path)
     assert not list(path.parent.iterdir())
 
 
-def test_a_claim_is_given_back_after_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "run.claim"
-    with pytest.raises(KeyboardInterrupt), claim(path):
+def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with pytest.raises(KeyboardInterrupt), lock(path):
         raise KeyboardInterrupt
+    assert not path.exists()
+    with lock(path, timeout=0):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_lock_of_a_killed_process_is_free_at_once(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.lock"
+    with held_elsewhere(path) as process:
+        assert is_locked(path)
+        with pytest.raises(Busy):
+            lock(path, timeout=0).__enter__()
+        process.send_signal(number)
+        process.wait()
+        assert path.exists()
+        with lock(path, timeout=0):
+            assert is_locked(path)
     assert not path.exists()
 
 
-@pytest.mark.parametrize(
-    ("age", "changes", "counts"),
-    [
-        (0.0, {}, False),  # its process is gone
-        (0.0, {"pid": os.getpid()}, True),
-        (299.0, {"host": "elsewhere"}, True),
-        (301.0, {"host": "elsewhere"}, False),
-        (301.0, {"pid": os.getpid()}, False),  # another process has its pid by now
-        (0.0, {"pid": "?"}, True),
-        (0.0, {"pid": 10**30}, True),
-    ],
-)
-def test_a_claim_counts_while_it_may_be_alive(
-    age: float, changes: dict[str, Any], counts: bool, tmp_path: Path
-) -> None:
-    path = tmp_path / "run.claim"
-    left_behind(path, age, **changes)
-    assert is_claimed(path) == counts
-    if counts:
-        with pytest.raises(Busy), claim(path):
-            pass
-    else:
-        with claim(path):
-            assert json.loads(path.read_text("utf-8"))["pid"] == os.getpid()
-    assert [file.name for file in tmp_path.iterdir()] == ["run.claim"] * counts
+def test_a_look_removes_the_file_that_a_killed_process_left(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with held_elsewhere(path) as process:
+        assert is_locked(path) and path.exists()
+        process.kill()
+        process.wait()
+        assert path.exists() and not is_locked(path)
+    assert not path.exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", "null", "{}"])
-def test_a_claim_that_is_not_written_out_yet_counts(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.claim"
-    path.write_text(content, "utf-8")
-    with pytest.raises(Busy), claim(path):
-        pass
-    os.utime(path, (time.time() - 301,) * 2)
-    with claim(path):
-        assert is_claimed(path)
+def test_a_short_look_of_another_process_is_outwaited(tmp_path: Path) -> None:
+    path, looking, done = tmp_path / "run.lock", threading.Event(), threading.Event()
+
+    def look() -> None:
+        with lock(path):
+            looking.set()
+            done.wait(0.1)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    looking.wait()
+    with lock(path):
+        assert is_locked(path)
+    thread.join()
+    assert not path.exists()
 
 
-@pytest.mark.parametrize("stale", [False, True])
-def test_of_many_at_the_same_time_one_gets_it(stale: bool, tmp_path: Path) -> None:
-    path, together, holding, held = tmp_path / "run.claim", threading.Barrier(16), [], []
-    done = threading.Event()
+def test_another_user_of_a_shared_folder_may_open_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with lock(path):
+        assert path.stat().st_mode & 0o666 == 0o666
+
+
+def test_a_folder_that_cannot_be_made_is_not_busy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught:
+        lock(tmp_path / "file" / "run.lock").__enter__()
+    assert not isinstance(caught.value, Busy)
+
+
+@pytest.mark.parametrize("left_behind", [False, True])
+def test_of_many_threads_at_the_same_time_one_gets_it(left_behind: bool, tmp_path: Path) -> None:
+    path, together = tmp_path / "run.lock", threading.Barrier(16)
+    holding, refused, done = list[int](), list[int](), threading.Event()
 
     def attempt() -> None:
         together.wait()
         try:
-            with claim(path):
+            with lock(path, timeout=0):
                 holding.append(1)
                 done.wait(10)
         except Busy:
-            held.append(1)
-            if len(held) == 15:
+            refused.append(1)
+            if len(refused) == 15:
                 done.set()
 
     for _ in range(5):
+        for found in (holding, refused):
+            found.clear()
         done.clear()
-        holding.clear()
-        held.clear()
-        if stale:
-            left_behind(path)
+        if left_behind:
+            path.touch()
         threads = [threading.Thread(target=attempt) for _ in range(16)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(holding) == 1
+        assert (len(holding), len(refused)) == (1, 15)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_takeover_that_was_left_behind_stands_in_the_way_of_one_attempt(tmp_path: Path) -> None:
-    path, guard = tmp_path / "run.claim", tmp_path / "run.takeover"
-    left_behind(path)
-    left_behind(guard, age=301)
-    with pytest.raises(Busy), claim(path):
-        pass
-    with claim(path):
-        assert is_claimed(path) and not guard.exists()
-
-
-def test_a_heart_beats_while_a_claim_is_held(
+def test_a_file_that_was_removed_before_it_could_be_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "BEAT", 0.01)
-    path = tmp_path / "run.claim"
-    with claim(path):
-        os.utime(path, (0, 0))
-        until = time.monotonic() + 10
-        while path.stat().st_mtime == 0 and time.monotonic() < until:
-            time.sleep(0.01)
-        assert is_claimed(path) and path.stat().st_mtime > 0
-        left_behind(path, age=301, host="elsewhere")  # taken over, and then left
-        time.sleep(0.2)
-        assert not is_claimed(path)
-    left_behind(path, age=301, host="elsewhere")
-    time.sleep(0.2)
-    assert not is_claimed(path)
+    path, flock = tmp_path / "run.lock", fcntl.flock
+    holder = lock(path)
+    holder.__enter__()
 
+    def release_first(file: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        holder.__exit__(None, None, None)  # after the file was opened
+        flock(file, operation)
 
-def test_a_heart_goes_on_after_a_beat_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(claims, "BEAT", 0.01)
-    beats: list[Path] = []
-
-    def fail_at_first(path: Path) -> None:
-        beats.append(path)
-        if len(beats) == 1:
-            raise OSError(errno.ESTALE, "stale file handle")
-
-    monkeypatch.setattr(os, "utime", fail_at_first)
-    with claim(tmp_path / "run.claim"):
-        until = time.monotonic() + 10
-        while len(beats) < 3 and time.monotonic() < until:
-            time.sleep(0.01)
-    assert len(beats) >= 3
-
-
-def test_a_claim_that_was_taken_over_is_not_deleted(tmp_path: Path) -> None:
-    path = tmp_path / "run.claim"
-    with claim(path):
-        left_behind(path, host="elsewhere")
-    assert is_claimed(path)
+    monkeypatch.setattr(fcntl, "flock", release_first)
+    with lock(path):
+        assert path.exists() and is_locked(path)
+    assert not path.exists()

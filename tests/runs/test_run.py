@@ -1,4 +1,4 @@
-"""Configurations, runs and their records; a killed run ends as an unbroken one."""
+"""Configurations, runs and their records; a killed run ends as an uninterrupted one."""
 
 import dataclasses
 import json
@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from swdlib.runs import records
 from swdlib.runs import run as experiments
 from swdlib.runs import training as checkpoints
 from swdlib.runs.config import Config, build, options_of, phases_of
-from swdlib.runs.run import run
+from swdlib.runs.run import Busy, is_locked, lock, lock_of, run
 from swdlib.runs.training import train
 from swdlib.structures import STRUCTURES
 
@@ -109,6 +111,57 @@ def test_a_run_on_record_is_not_run_again(tmp_path: Path, monkeypatch: Any) -> N
     assert run(dataclasses.replace(config, device="cpu"), tmp_path) == first
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         run(config, tmp_path, again=True)
+
+
+def test_a_run_is_locked_while_it_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen = Config(**QUICK), list[bool]()
+    path = lock_of(records.path_of(config.settings(), tmp_path))
+
+    def look(*arguments: Any, **options: Any) -> list[dict[str, Any]]:
+        seen.append(is_locked(path))
+        with pytest.raises(Busy, match=f"{path.stem} is being run by another process"):
+            run(config, tmp_path)
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(experiments, "train", look)
+    run(config, tmp_path, progress=False)
+    assert seen == [True] and not list(path.parent.iterdir())
+
+
+def test_a_run_on_record_needs_no_lock(tmp_path: Path) -> None:
+    config = Config(**QUICK)
+    record = run(config, tmp_path, progress=False)
+    with lock(lock_of(records.path_of(config.settings(), tmp_path))):
+        assert run(config, tmp_path) == record
+        with pytest.raises(Busy):
+            run(config, tmp_path, again=True)
+
+
+def test_a_record_that_was_written_while_the_run_waited_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(**QUICK)
+    record = run(config, tmp_path / "other", progress=False)
+
+    @contextmanager
+    def lock_after_another(path: Path) -> Iterator[None]:
+        records.save(record, tmp_path)
+        with lock(path):
+            yield
+
+    monkeypatch.setattr(experiments, "lock", lock_after_another)
+    monkeypatch.setattr(experiments, "train", None)  # which would fail if it were called
+    assert run(config, tmp_path) == record
+
+
+def test_other_processes_of_an_accelerate_run_take_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(**QUICK)
+    monkeypatch.setattr(experiments, "is_main_process", lambda: False)
+    with lock(lock_of(records.path_of(config.settings(), tmp_path))):
+        assert run(config, tmp_path, progress=False).status == "finished"
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_again_starts_from_the_start_and_other_code_does_not_go_on(

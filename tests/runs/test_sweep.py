@@ -15,9 +15,9 @@ from swdlib.runs import records
 from swdlib.runs import sweep as sweeps
 from swdlib.runs.config import Config
 from swdlib.runs.records import Record
-from swdlib.runs.run import claim, claim_of
+from swdlib.runs.run import lock, lock_of
 from swdlib.runs.sweep import grid, read_grid, sweep
-from swdlib.runs.workers import Place
+from swdlib.runs.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,11 +119,11 @@ def test_the_grids_of_the_book_can_be_read(path: Path) -> None:
 
 
 class Here:
-    """A place where a run is one call in a thread: it takes the claim and writes the record."""
+    """Workers whose runs are calls in a thread, which take the lock and write the record."""
 
     def __init__(self, folder: Path, fails: Callable[[Config, int], bool] | None = None):
         self.folder, self.fails, self.calls = folder, fails, list[Config]()
-        self.place = Place(self.start, slots=1)
+        self.workers = Workers(self.start, slots=1)
 
     def start(self, config: Config) -> "Future[None]":
         future: Future[None] = Future()
@@ -133,7 +133,7 @@ class Here:
     def _run(self, config: Config, future: "Future[None]") -> None:
         try:
             path = records.path_of(config.settings(), self.folder)
-            with claim(claim_of(path)):
+            with lock(lock_of(path)):
                 if path.exists():
                     return future.set_result(None)  # as `run` does, if another was faster
                 self.calls.append(config)
@@ -162,7 +162,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_sweep_does_its_runs_in_order_and_what_is_on_record_not_again(tmp_path: Path) -> None:
     here, lines = Here(tmp_path), list[str]()
     records.save(record_of(SEEDS[1]), tmp_path)
-    outcomes = list(sweep(SEEDS, tmp_path, here.place, tell=lines.append))
+    outcomes = list(sweep(SEEDS, tmp_path, here.workers, tell=lines.append))
     assert here.calls == [SEEDS[0], SEEDS[2], SEEDS[3]]
     assert {o.config.seed for o in outcomes} == {0, 1, 2, 3}
     assert all(o.record == record_of(o.config) and not o.error for o in outcomes)
@@ -170,15 +170,15 @@ def test_a_sweep_does_its_runs_in_order_and_what_is_on_record_not_again(tmp_path
     assert lines[-1].startswith("[4/4] swd at sparsity 0.9: cnn of width 16 on digits, 30 epochs")
     assert lines[-1].endswith("removed")
     assert any("; about " in line and line.endswith(" left") for line in lines[:-1])
-    again = list(sweep(SEEDS, tmp_path, here.place, tell=lines.append))
+    again = list(sweep(SEEDS, tmp_path, here.workers, tell=lines.append))
     assert len(here.calls) == 3 and len(again) == 4
 
 
-def test_a_run_that_fails_is_begun_again_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_run_that_fails_is_restarted_and_the_others_go_on(tmp_path: Path) -> None:
     lines: list[str] = []
     # Seed 1 fails for ever, seed 2 twice.
     here = Here(tmp_path, lambda c, n: c.seed == 1 or (c.seed == 2 and n <= 2))
-    outcomes = list(sweep(SEEDS, tmp_path, here.place, retries=2, tell=lines.append))
+    outcomes = list(sweep(SEEDS, tmp_path, here.workers, retries=2, tell=lines.append))
     assert [c.seed for c in here.calls] == [0, 1, 1, 1, 2, 2, 2, 3]
     assert [(o.config.seed, o.error) for o in outcomes] == [
         (0, ""),
@@ -186,7 +186,7 @@ def test_a_run_that_fails_is_begun_again_and_the_others_go_on(tmp_path: Path) ->
         (2, ""),
         (3, ""),
     ]
-    again = [line for line in lines if line.startswith("begun again, since it failed (killed by")]
+    again = [line for line in lines if line.startswith("restarted, since it failed (killed by")]
     assert len(again) == 4
     assert any("[2/4]" in line and "failed: killed by SIGKILL" in line for line in lines)
 
@@ -196,7 +196,7 @@ def test_two_sweeps_on_one_folder_do_no_run_twice(tmp_path: Path) -> None:
 
     def work(number: int) -> None:
         configs = SEEDS if number else SEEDS[::-1]
-        found[number] = list(sweep(configs, tmp_path, both[number].place, tell=lambda line: None))
+        found[number] = list(sweep(configs, tmp_path, both[number].workers, tell=lambda line: None))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
     for thread in threads:
@@ -210,8 +210,8 @@ def test_two_sweeps_on_one_folder_do_no_run_twice(tmp_path: Path) -> None:
 def test_a_run_that_is_done_elsewhere_is_waited_for(tmp_path: Path) -> None:
     here, path = Here(tmp_path), records.path_of(SEEDS[0].settings(), tmp_path)
     ended = []
-    with claim(claim_of(path)):
-        outcomes = sweep(SEEDS[:2], tmp_path, here.place, tell=lambda line: None)
+    with lock(lock_of(path)):
+        outcomes = sweep(SEEDS[:2], tmp_path, here.workers, tell=lambda line: None)
         ended.append(next(outcomes).config.seed)
         records.save(record_of(SEEDS[0]), tmp_path)
         ended += [outcome.config.seed for outcome in outcomes]
@@ -223,12 +223,12 @@ def test_a_damaged_record_fails_its_run_and_no_other(tmp_path: Path) -> None:
     path = records.save(record_of(SEEDS[0]), tmp_path)
     content = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**content, "config": {}}), encoding="utf-8")
-    place = Here(tmp_path).place
-    outcomes = list(sweep(SEEDS[:2], tmp_path, place, tell=lambda line: None))
+    workers = Here(tmp_path).workers
+    outcomes = list(sweep(SEEDS[:2], tmp_path, workers, tell=lambda line: None))
     assert "has been changed" in outcomes[0].error and outcomes[1].record
 
 
 def test_a_folder_that_is_not_shared_is_told(tmp_path: Path) -> None:
-    place = Here(tmp_path / "of another machine").place
-    [outcome] = sweep(SEEDS[:1], tmp_path, place, tell=lambda line: None)
+    workers = Here(tmp_path / "of another machine").workers
+    [outcome] = sweep(SEEDS[:1], tmp_path, workers, tell=lambda line: None)
     assert "do all machines share that folder?" in outcome.error

@@ -1,7 +1,5 @@
-"""Places: runs in processes and on Ray; one that is killed ends as an unbroken one."""
+"""Workers: runs in processes and on Ray; a killed run ends as an uninterrupted one."""
 
-import json
-import os
 import signal
 import sys
 import threading
@@ -11,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,19 +17,19 @@ from safetensors.torch import load_file
 from swdlib import cli
 from swdlib.recipes import RECIPES
 from swdlib.runs import records
-from swdlib.runs import workers as places
+from swdlib.runs import workers as swd_workers
 from swdlib.runs.config import Config
-from swdlib.runs.run import Busy, claim, claim_of, is_claimed, run_alone
+from swdlib.runs.run import is_locked, lock_of, run
 from swdlib.runs.sweep import Outcome, sweep
-from swdlib.runs.workers import Place, flags, local, on_ray
+from swdlib.runs.workers import Workers, flags, local, on_ray
 from swdlib.structures import STRUCTURES
 
 QUICK: dict[str, Any] = {"epochs": 1, "width": 4}
 LONG = Config(epochs=30, width=4)  # long enough for several checkpoints
 
 
-def claim_in(folder: Path, config: Config) -> Path:
-    return claim_of(records.path_of(config.settings(), folder))
+def lock_in(folder: Path, config: Config) -> Path:
+    return lock_of(records.path_of(config.settings(), folder))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -45,29 +44,6 @@ def test_flags_make_the_same_configuration(recipe: str, structure: str) -> None:
         assert Config(**cli._given(options)) == config
 
 
-def test_a_run_is_claimed_while_it_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config(**QUICK)
-    seen = []
-
-    def run(config: Config, folder: Path, **options: Any) -> None:
-        seen.append(is_claimed(claim_in(folder, config)))
-
-    monkeypatch.setattr(places, "run", run)
-    run_alone(config, tmp_path)
-    assert seen == [True] and not is_claimed(claim_in(tmp_path, config))
-    with claim(claim_in(tmp_path, config)), pytest.raises(Busy, match="is being run by process"):
-        run_alone(config, tmp_path)
-
-
-def test_a_run_on_record_needs_no_claim(tmp_path: Path) -> None:
-    config = Config(**QUICK)
-    record = run_alone(config, tmp_path, progress=False)
-    with claim(claim_in(tmp_path, config)):
-        assert run_alone(config, tmp_path) == record
-        with pytest.raises(Busy):
-            run_alone(config, tmp_path, again=True)
-
-
 def wait_for(there: Any) -> None:
     until = time.monotonic() + 120
     while not there():
@@ -75,22 +51,28 @@ def wait_for(there: Any) -> None:
         time.sleep(0.005)
 
 
-def process_of(folder: Path, config: Config) -> int:
-    """Return the pid of a run that has written a checkpoint."""
-    path = claim_in(folder, config)
-    wait_for(lambda: path.exists() and path.with_suffix(".pt").exists())
-    return int(json.loads(path.read_text("utf-8"))["pid"])
+def process_of(folder: Path, config: Config) -> psutil.Process:
+    """Return the process that has the lock of a run, once it has written a checkpoint."""
+    path, found = lock_in(folder, config), list[psutil.Process]()
+
+    def search() -> bool:
+        if path.with_suffix(".pt").exists():
+            for process in psutil.process_iter(["open_files"]):
+                files = process.info["open_files"] or []  # None of processes of other users
+                found.extend(process for file in files if file.path == str(path.resolve()))
+        return bool(found)
+
+    wait_for(search)
+    return found[0]
 
 
-def sweep_and_kill(folder: Path, place: Place) -> tuple[list[Outcome], list[str]]:
+def sweep_and_kill(folder: Path, workers: Workers) -> tuple[list[Outcome], list[str]]:
     """Do two runs; kill the process of the first once it has written a checkpoint."""
     configs = [LONG, Config(seed=1, **QUICK)]
     lines: list[str] = []
-    killer = threading.Thread(
-        target=lambda: os.kill(process_of(folder, LONG), signal.SIGKILL), daemon=True
-    )
+    killer = threading.Thread(target=lambda: process_of(folder, LONG).kill(), daemon=True)
     killer.start()
-    return list(sweep(configs, folder, place, tell=lines.append)), lines
+    return list(sweep(configs, folder, workers, tell=lines.append)), lines
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +81,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run_alone(LONG, folder, progress=False)
+    run(LONG, folder, progress=False)
     torch.set_num_threads(threads)
     return folder
 
@@ -116,38 +98,41 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_begun_again_and_ends_as_an_unbroken_one(
+def test_a_killed_process_is_restarted_and_ends_as_an_unbroken_one(
     tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with local(tmp_path, jobs=2) as place:
-        outcomes, lines = sweep_and_kill(tmp_path, place)
+    with local(tmp_path, jobs=2) as workers:
+        outcomes, lines = sweep_and_kill(tmp_path, workers)
     assert all(outcome.record for outcome in outcomes)
-    [again] = [line for line in lines if line.startswith("begun again")]
+    [again] = [line for line in lines if line.startswith("restarted")]
     assert "killed by SIGKILL; see " in again
     assert_same_run(tmp_path, unbroken)
     assert not list((tmp_path / "smoke" / "checkpoints").iterdir())  # nor a log
 
 
 @pytest.mark.slow
-def test_processes_that_still_run_are_stopped_and_give_their_claims_back(tmp_path: Path) -> None:
+def test_processes_that_still_run_are_stopped_and_release_their_locks(tmp_path: Path) -> None:
     lost = Config(dataset="cifar10", data_root=str(tmp_path / "grid.toml"), **QUICK)
     (tmp_path / "grid.toml").write_text("no archive", "utf-8")
-    with local(tmp_path, jobs=2) as place:
-        running, failing = place.start(LONG), place.start(lost)
+    with local(tmp_path, jobs=2) as workers:
+        running, failing = workers.start(LONG), workers.start(lost)
         with pytest.raises(RuntimeError, match=r"exit status 1; see .*\.log"):
             failing.result()
-        log = claim_in(tmp_path, lost).with_suffix(".log").read_text("utf-8")
+        log = lock_in(tmp_path, lost).with_suffix(".log").read_text("utf-8")
         assert "grid.toml is damaged" in log
         process_of(tmp_path, LONG)
     with pytest.raises(RuntimeError, match="exit status 1"):
         running.result()
-    assert not claim_in(tmp_path, LONG).exists()
-    assert claim_in(tmp_path, LONG).with_suffix(".pt").exists()
+    assert not is_locked(lock_in(tmp_path, LONG)) and not lock_in(tmp_path, LONG).exists()
+    assert lock_in(tmp_path, LONG).with_suffix(".pt").exists()
 
 
 def test_no_jobs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="jobs must be at least 1, not 0"), local(tmp_path, 0):
+    with (
+        pytest.raises(ValueError, match="jobs must be a whole number of at least 1, not 0"),
+        local(tmp_path, 0),
+    ):
         pass
 
 
@@ -174,7 +159,7 @@ class TwoMachines:
 
 
 def test_what_no_machine_has_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_import_ray", TwoMachines)
+    monkeypatch.setattr(swd_workers, "_import_ray", TwoMachines)
     with on_ray(tmp_path, cpus=4, gpus=0.5), on_ray(tmp_path, cpus=64):
         pass
     with (
@@ -194,11 +179,11 @@ def test_a_lost_worker_of_ray_is_replaced_and_its_run_ends_as_an_unbroken_one(
     stopping = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves its log files open
-        with on_ray(tmp_path) as place:
+        with on_ray(tmp_path) as workers:
             assert signal.getsignal(signal.SIGTERM) == stopping
-            outcomes, lines = sweep_and_kill(tmp_path, place)
+            outcomes, lines = sweep_and_kill(tmp_path, workers)
     assert not ray.is_initialized()
     assert [outcome.error for outcome in outcomes] == [""] * 2
-    [again] = [line for line in lines if line.startswith("begun again")]
+    [again] = [line for line in lines if line.startswith("restarted")]
     assert "The worker died unexpectedly" in again
     assert_same_run(tmp_path, unbroken)
