@@ -1,8 +1,7 @@
-"""Audits: whether a record is what it says: sound, of known code and data, its figures true."""
+"""Checks of records: whether each is sound, of known code and data, and its figures are true."""
 
-import ast
 import math
-import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -10,36 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from swdlib.data.load import SHAPES, AnyDataset, load_data
 from swdlib.deploy.stored import load_sparse
 from swdlib.metrics import evaluate, parameters
 from swdlib.models import build_model
 from swdlib.runs import records
-from swdlib.runs import run as experiments
-from swdlib.runs.config import Config, build
+from swdlib.runs.config import Config
 from swdlib.runs.records import Record
+from swdlib.runs.run import git
 from swdlib.structures import is_prunable
 
-# Of the data in whole and of what is left of it if a fraction is held out, as (dataset, fraction).
-FINGERPRINTS = {
-    "993ac88bd2d994bc": ("digits", 0.0),
-    "cb14aac5cc882f9d": ("digits", 0.1),
-    "ae3bcfea977962c9": ("cifar10", 0.0),  # its images re-encoded as JPEG, here and below
-    "54b49b7ecb19fd8a": ("cifar10", 0.1),
-    "aa7fb58995b4a897": ("cifar10", 0.2),
-}
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
-# Digests of code that was never committed; there are records made by it.
-UNCOMMITTED = {"c8535b62156a": "of 2026-11-24, between the commits 3a5a4a4 and 568343d"}
+# In a folder of records: the fingerprints of the data that they were made with.
+KNOWN = "known.toml"
 
 # Arithmetic other than that of the weights.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# How far figures may be from the record's when they are computed again: on other machines, sums
-# are made in another order. Relative for the loss, in points for the Top-1 accuracy.
+# How far figures may be from the record's when they are computed again: other machines add in
+# another order. Relative for the loss, in points for the Top-1 accuracy.
 TOLERANCE = {"fp32": (1e-3, 0.1), "bf16": (0.05, 1.0), "fp16": (0.05, 1.0)}
+
+Known = dict[str, list[Any]] | None
 
 
 @dataclass
@@ -59,12 +55,20 @@ class Audit:
 
 
 def audit_all(folder: Path, data_root: Path | None = None) -> Iterator[Audit]:
-    """Audit every record below `folder`, one after the other."""
+    """Audit every record below `folder`, one after the other.
+
+    Data must be listed in the file `known.toml` of that folder, if there is one, as
+    `fingerprint = [dataset, fraction held out]` under `[fingerprints]`.
+    """
+    path = folder / KNOWN
+    known = None
+    if path.is_file():
+        known = tomllib.loads(path.read_text("utf-8")).get("fingerprints", {})
     for path in sorted(folder.rglob("*.json")):
-        yield audit(path, data_root)
+        yield audit(path, data_root, known)
 
 
-def audit(path: Path, data_root: Path | None = None) -> Audit:
+def audit(path: Path, data_root: Path | None = None, known: Known = None) -> Audit:
     """Audit one record.
 
     Figures are computed again if the trained network lies beside the record and its data is there:
@@ -75,9 +79,15 @@ def audit(path: Path, data_root: Path | None = None) -> Audit:
         record = records.load(path)
         if path != (home := records.path_of(record.config, path.parent.parent)):
             found.problems.append(f"it belongs at {home}")
-        found.problems += _rows(record)
+        if record.status not in ("finished", "diverged"):
+            found.problems.append(f"status must be finished or diverged, not {record.status!r}")
+        elif record.status == "finished" and not record.rows:
+            found.problems.append("it is finished, but has no rows")
+        elif record.status == "finished":
+            found.problems += _rows(record)
+            found.problems += _sizes(record)
         _code(record, found)
-        data = _data(record, found, data_root)
+        data = _data(record, found, data_root, known)
         if data is not None and record.status == "finished":
             _figures(record, found, data)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
@@ -85,27 +95,8 @@ def audit(path: Path, data_root: Path | None = None) -> Audit:
     return found
 
 
-# What it says of itself -------------------------------------------------------------------------
-
-
 def _rows(record: Record) -> Iterator[str]:
-    if record.status not in ("finished", "diverged"):
-        yield f"status must be finished or diverged, not {record.status!r}"
-    if record.status != "finished":
-        return
-    if not record.rows:
-        yield "it is finished, but has no rows"
-        return
-    yield from _order(record)
-    for number, row in enumerate(record.rows):
-        measured = [row[name] for name in ("loss", "top1", "top5", "sparsity", "parameters")]
-        in_range = 0 <= row["top1"] <= row["top5"] <= 100 and 0 <= row["sparsity"] < 1
-        if not (all(map(math.isfinite, measured)) and row["loss"] >= 0 and in_range):
-            yield f"row {number}: a loss, accuracy or sparsity is out of range"
-    yield from _sizes(record)
-
-
-def _order(record: Record) -> Iterator[str]:
+    """Problems of the rows in themselves: their order, and numbers that cannot be."""
     for name in ("epoch", "step"):
         everything = [row[name] for row in record.rows]
         trained = [row[name] for row in record.rows if row["kind"] == "train"]
@@ -114,63 +105,76 @@ def _order(record: Record) -> Iterator[str]:
     epochs = [row["epoch"] for row in record.rows if row["kind"] == "train"]
     if epochs != list(range(1, record.config["epochs"] + 1)):
         yield f"rows: epochs must be 1 to {record.config['epochs']}, not {epochs}"
+    for number, row in enumerate(record.rows):
+        measured = [row[name] for name in ("loss", "top1", "top5", "sparsity", "parameters")]
+        in_range = 0 <= row["top1"] <= row["top5"] <= 100 and 0 <= row["sparsity"] < 1
+        if not (all(map(math.isfinite, measured)) and row["loss"] >= 0 and in_range):
+            yield f"row {number}: a loss, accuracy or sparsity is out of range"
 
 
 def _sizes(record: Record) -> Iterator[str]:
     """Compare sparsity and parameters with the network that the configuration builds."""
-    network = _network(record.config)
-    total = parameters(network)
-    prunable = sum(p.numel() for p in network.parameters() if is_prunable(p))
-    target, last = record.config["sparsity"], record.final
-    for number, row in enumerate(record.rows):
-        removed = total - row["parameters"]
-        if record.config["structure"] in ("weights", None):
-            if abs(removed - row["sparsity"] * prunable) > 1e-6 * prunable:
-                yield f"row {number}: {removed:,} removed is no sparsity of {row['sparsity']}"
-        elif not 0 <= removed < total:
-            yield f"row {number}: {row['parameters']:,} parameters of {total:,}"
-        weights = row["weights"]
-        if weights["zeros"] + sum(weights["counts"]) != prunable:
-            yield f"row {number}: weights must count {prunable:,}"
-    slack = 1 if record.config["structure"] in ("weights", None) else math.inf
-    if not -1 <= (last["sparsity"] - target) * prunable <= slack:
-        yield f"sparsity is {last['sparsity']}, not {target}"
-
-
-def _network(config: dict[str, Any]) -> nn.Module:
+    config = record.config
     channels, size, classes, *_ = {"digits": (1, 8, 10), **SHAPES}[config["dataset"]]
     with torch.device("meta"):  # takes no memory and draws no weights
-        return build_model(
+        network = build_model(
             config["model"], channels=channels, size=size, classes=classes, width=config["width"]
         )
-
-
-# By what it was made ----------------------------------------------------------------------------
+    total = parameters(network)
+    prunable = sum(p.numel() for p in network.parameters() if is_prunable(p))
+    by_weight = config["structure"] in ("weights", None)
+    for number, row in enumerate(record.rows):
+        removed = total - row["parameters"]
+        if by_weight and abs(removed - row["sparsity"] * prunable) > 1e-6 * prunable:
+            yield f"row {number}: {removed:,} removed is no sparsity of {row['sparsity']}"
+        if not by_weight and not 0 <= removed < total:
+            yield f"row {number}: {row['parameters']:,} parameters of {total:,}"
+        if row["weights"]["zeros"] + sum(row["weights"]["counts"]) != prunable:
+            yield f"row {number}: weights must count {prunable:,}"
+    # Structures come in units, which may take more weights than the target but not fewer.
+    target, reached = config["sparsity"], record.final["sparsity"]
+    if not -1 <= (reached - target) * prunable <= (1 if by_weight else math.inf):
+        yield f"sparsity is {reached}, not {target}"
 
 
 def _code(record: Record, found: Audit) -> None:
-    digest = record.provenance["code"]["digest"]
-    found.code = code_of(record)
-    if found.code == "unknown":
-        found.code = f"not committed, {UNCOMMITTED.get(digest, digest)}"
-        if digest not in UNCOMMITTED:
-            found.problems.append(f"its code, {digest}, is that of no commit")
+    """Note which code made the record, and whether the repository's history has its commit."""
+    code = record.provenance["code"]
+    if "commit" not in code:
+        found.code = f"version {code['version']}"
+        return
+    found.code = f"commit {code['commit']}" + ("" if code["clean"] else " with changes")
+    if (known := _commits()) is None:
+        found.code += " (not checked: no history here)"
+    elif code["commit"] not in known:
+        found.problems.append(f"its commit, {code['commit']}, is not in the history")
 
 
-def _data(record: Record, found: Audit, root: Path | None) -> AnyDataset | None:
+@cache
+def _commits() -> frozenset[str] | None:
+    """All commits of the repository, twelve digits each; None without its whole history."""
+    if git("rev-parse", "--is-shallow-repository") != "false":
+        return None
+    names = git("rev-list", "--all")
+    return None if names is None else frozenset(name[:12] for name in names.split())
+
+
+def _data(record: Record, found: Audit, root: Path | None, known: Known) -> AnyDataset | None:
     """Check the dataset's fingerprint; the data, if it is there and is that of the record."""
     name, holdout = record.config["dataset"], record.config.get("holdout") or 0.0
-    said = record.provenance["dataset"]
+    fingerprint = record.provenance["dataset"]["fingerprint"]
     data = _load(name, holdout, root) if name == "digits" or root else None
-    if data is not None and data.fingerprint == said["fingerprint"]:
+    if data is not None and data.fingerprint == fingerprint:
         found.data = "computed again"
         return data
-    if FINGERPRINTS.get(said["fingerprint"]) == (name, holdout):
+    if known is not None and known.get(fingerprint) == [name, holdout]:
         found.data = "known"
+    elif known is None and data is None:
+        found.data = "not checked"
     else:
         found.data = "unknown"
         found.problems.append(
-            f"fingerprint {said['fingerprint']} is not of {name} with {holdout:g} held out"
+            f"fingerprint {fingerprint} is not of {name} with {holdout:g} held out"
         )
     return None
 
@@ -190,7 +194,7 @@ def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
         return
     found.figures = "computed again"
     try:
-        network = build(Config(**{**record.config, "device": "cpu"}), data)
+        network = Config(**{**record.config, "device": "cpu"}).build(data)
         load_sparse(network, path)
     except (ValueError, TypeError, OSError) as error:
         found.problems.append(f"{path.name} does not hold its network: {error}")
@@ -205,93 +209,3 @@ def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
     zeros = sum(int((p == 0).sum()) for p in network.parameters() if is_prunable(p))
     if zeros != last["weights"]["zeros"]:
         found.problems.append(f"{zeros:,} weights are zero, not {last['weights']['zeros']:,}")
-
-
-# history --------------------------------------------------------------------------------
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class NoHistory(LookupError):
-    """There is no git, no repository, or only the end of its history."""
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A commit, its day, and the digest that its code wrote into records."""
-
-    name: str
-    day: str
-    digest: str
-
-
-def code_of(record: Record) -> str:
-    """The code that a record was made by, in words.
-
-    "current" is that of today; otherwise "older, commit ... of ...", or "unknown" if it is that of
-    no commit. Without the repository's history, "not current, history unknown".
-    """
-    digest = record.provenance.get("code", {}).get("digest")
-    if digest == experiments.code_digest():
-        return "current"
-    try:
-        found = next((commit for commit in commits() if commit.digest == digest), None)
-    except NoHistory:
-        return "not current, history unknown"
-    return f"older, commit {found.name[:7]} of {found.day}" if found else "unknown"
-
-
-@cache
-def commits(root: Path = ROOT) -> tuple[Commit, ...]:
-    """The commits that changed the library, newest first; NoHistory if git does not know them."""
-    if _git(root, "rev-parse", "--is-shallow-repository").strip() == b"true":
-        raise NoHistory("the repository is a shallow clone: git fetch --unshallow")
-    lines = _git(root, "log", "--format=%H %cs", "--", "swdlib").decode().splitlines()
-    if not lines:
-        raise NoHistory(f"{root} is no checkout of the repository")
-    contents: dict[str, bytes] = {}
-    found = []
-    for name, day in (line.split() for line in lines):
-        files = dict(_files(root, name))
-        _read_blobs(root, set(files.values()) - contents.keys(), contents)
-        digest = digest_of({file: contents[blob] for file, blob in files.items()})
-        found.append(Commit(name, day, digest))
-    return tuple(found)
-
-
-def digest_of(files: dict[str, bytes]) -> str:
-    """What `code_digest` gives for a library of these modules."""
-    return experiments.digest_of(files, _undeciding(files.get("experiments.py", b"")))
-
-
-def _undeciding(source: bytes) -> set[str]:
-    """The modules that a version of `experiments` leaves out, read without running it."""
-    assigned = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assign))
-    for node in assigned:
-        if ast.unparse(node.targets[0]).upper() == "UNDECIDING":
-            names = (leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant))
-            return {str(name).removesuffix(".py") for name in names}
-    return set()
-
-
-def _files(root: Path, commit: str) -> Iterator[tuple[str, str]]:
-    for line in _git(root, "ls-tree", commit, "swdlib/").decode().splitlines():
-        about, path = line.split("\t")
-        if path.endswith(".py"):
-            yield Path(path).name, about.split()[2]
-
-
-def _read_blobs(root: Path, names: set[str], contents: dict[str, bytes]) -> None:
-    output = _git(root, "cat-file", "--batch", given="\n".join(names).encode())
-    while output:
-        head, _, output = output.partition(b"\n")
-        name, _, size = head.decode().split()
-        contents[name], output = output[: int(size)], output[int(size) + 1 :]
-
-
-def _git(root: Path, *arguments: str, given: bytes = b"") -> bytes:
-    try:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, input=given, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise NoHistory(f"git does not know the history of {root}: {error}") from error

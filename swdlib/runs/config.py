@@ -1,4 +1,4 @@
-"""Config: all that decides a run, checked before any work, with defaults at three scales."""
+"""Config: every setting of a run, checked before any work, with defaults at three scales."""
 
 import inspect
 import math
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from swdlib.criteria import CRITERIA
+from swdlib.criteria import CRITERIA, batch_norm_scale
 from swdlib.data.load import DATASETS, AnyDataset
 from swdlib.masks import ALLOCATIONS
 from swdlib.models import MODELS, build_model, check_model
-from swdlib.recipes import RECIPES, Phase, ranked
+from swdlib.recipes import RECIPES, Phase, Prune, ranked
 from swdlib.runs.devices import Precision, check_tracker
 from swdlib.runs.training import Options
-from swdlib.schedules import Cosine, Growth, Piecewise, Schedule, Steps
+from swdlib.schedules import Cosine, Growth, Piecewise, Schedule, Steps, check_count
 from swdlib.structures import STRUCTURES
 from swdlib.swd import Update
 
@@ -62,8 +62,8 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }
 
-# What "paper" is on ImageNet. Published are the network, the epochs, the crops and a loss without
-# label smoothing. The rest is not: batches, learning rates and weight decay are the usual ones of
+# "paper" on ImageNet. Published are the network, the epochs, the crops and a loss without label
+# smoothing. The rest is not: batch size, learning rate and weight decay are the usual ones of
 # torchvision's ResNet-50, fine-tuning is a sixth of the epochs as on CIFAR-10, and bf16 saves time.
 PAPER_ON_IMAGENET = {
     "model": "resnet50",
@@ -82,26 +82,32 @@ LR_SCHEDULES: dict[str, Callable[[float], Schedule]] = {
     "triangle": lambda lr: Piecewise(((0.0, lr / 10), (0.2, lr), (1.0, lr / 100))),
 }
 
+# Structures whose units have batch-norm scales.
+WITH_SCALES = ("filters", "filters_and_channels")
+
+# Some recipes take these settings, but a run uses them with every recipe.
+ALWAYS_USED = ("weight_decay", "seed")
+
+
+# A field with one of these defaults is None until its value is looked up.
+BY_PROFILE = object()  # the profile's value, which may depend on the dataset
+BY_RECIPE = object()  # the default of the recipe's parameter of that name
+
 
 def _setting(default: Any, meaning: str, *choices: str) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "choices": choices})
-
-
-BY_PROFILE = None  # a field left at None takes its profile's value, which may depend on the dataset
-BY_RECIPE = None  # one left at None takes its recipe's default
-
-# Recipes take these, but a run without such a recipe uses them as well.
-ALWAYS_USED = ("weight_decay", "seed")
+    given = None if default in (BY_PROFILE, BY_RECIPE) else default
+    metadata = {"meaning": meaning, "choices": choices, "default": default}
+    return field(default=given, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides a run; what is not given comes from the profile.
+    """Every setting of a run: the parameters of notebooks, and the flags of the command line.
 
-    Its fields are the notebooks' parameters and the command line's flags. What belongs to a recipe
-    alone has that recipe's default. A setting that the recipe does not use is blanked, so that it
-    cannot tell two equal runs apart. Raises ValueError that names the field, its value and what is
-    allowed.
+    A field that is left at None takes the value of the profile or, if only recipes use it, the
+    recipe's default. A setting that the recipe does not use is set to None (the sparsity to 0), so
+    that equal runs have equal configurations. Raises ValueError that names the field, its value and
+    what is allowed.
     """
 
     profile: str = _setting("smoke", "scale of the run", *PROFILES)
@@ -119,7 +125,7 @@ class Config:
     iterations: int = _setting(BY_RECIPE, "cuts")
     batch_size: int = _setting(BY_PROFILE, "images in a step")
     lr: float = _setting(BY_PROFILE, "highest learning rate")
-    lr_schedule: str = _setting(BY_PROFILE, "course of the learning rate", *LR_SCHEDULES)
+    lr_schedule: str = _setting(BY_PROFILE, "learning-rate schedule", *LR_SCHEDULES)
     momentum: float = _setting(0.9, "momentum of SGD, in [0, 1)")
     nesterov: bool = _setting(BY_PROFILE, "Nesterov's momentum")
     weight_decay: float = _setting(BY_PROFILE, "weight decay mu, of all weights and of SWD")
@@ -144,18 +150,22 @@ class Config:
     tracker: str | None = _setting(None, "also send figures to tensorboard, wandb, mlflow, ...")
 
     def __post_init__(self) -> None:
-        _check_choice("profile", self.profile, tuple(PROFILES))
         for setting in fields(self):
-            value = self._filled(setting.name)
+            value = getattr(self, setting.name)
+            if value is None:
+                value = self._default(setting.name, setting.metadata["default"])
             if value is not None:
                 value = _typed(setting.name, setting.type, value)
-                _check_choice(setting.name, value, setting.metadata["choices"])
+                choices = setting.metadata["choices"]
+                if choices and value not in choices:
+                    allowed = ", ".join(choices)
+                    raise ValueError(f"{setting.name} must be one of {allowed}, not {value!r}")
             object.__setattr__(self, setting.name, value)
         if self.tracker is not None:
             check_tracker(self.tracker)
         check_model(self.model, self.width)
         self._check_ranges()
-        phases_of(self)  # a recipe checks its own settings
+        self._check_recipe()
         self._blank_unused()
 
     def settings(self) -> dict[str, Any]:
@@ -171,20 +181,61 @@ class Config:
             f"{self.epochs} epochs, seed {self.seed}"
         )
 
-    def _filled(self, name: str) -> Any:
-        value = getattr(self, name)
-        if value is not None:
-            return value
+    def build(self, data: AnyDataset) -> nn.Module:
+        """The network for `data`, its weights drawn from the seed; seeds torch's generators."""
+        torch.manual_seed(self.seed)
+        return build_model(
+            self.model,
+            channels=data.channels,
+            size=data.size,
+            classes=data.classes,
+            width=self.width,
+        )
+
+    def phases(self, example: Tensor | None = None) -> list[Phase]:
+        """The phases of the recipe with these settings.
+
+        `example` is an input of the network, a batch of any size: to train, structures that reach
+        through several layers (filters, channels) need it.
+        """
+        settings = self.settings()
+        settings["lr"] = LR_SCHEDULES[self.lr_schedule](self.lr)
+        if self.structure is not None:
+            settings["structure"] = STRUCTURES[self.structure](example)
+        given = {name: settings[name] for name in _parameters(self.recipe)}
+        criterion = CRITERIA[self.criterion] if self.criterion else None
+        allocation = ALLOCATIONS[self.allocation] if self.allocation else None
+        return ranked(RECIPES[self.recipe](**given), criterion, allocation)
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        """The options for `train` with these settings; those in `more` replace or extend them."""
+        optimizer = partial(
+            SGD,
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+        )
+        shared = {f.name for f in fields(Options)} & {f.name for f in fields(self)}
+        return {"optimizer": optimizer, **{name: getattr(self, name) for name in shared}, **more}
+
+    def _default(self, name: str, default: Any) -> Any:
+        if default is BY_RECIPE:
+            parameter = _parameters(self.recipe).get(name)
+            return parameter.default if parameter else None
+        if default is not BY_PROFILE:
+            return default
         if name == "width" and self.model not in MODELS:
             return None  # torchvision's networks have none
-        default = type(self).__dataclass_fields__[name].default
         scale = PROFILES[self.profile]
         if (self.profile, self.dataset) == ("paper", "imagenet"):
             scale = scale | PAPER_ON_IMAGENET
-        return {name: default, **_defaults(self.recipe), **scale}[name]
+        return scale[name]
 
     def _check_ranges(self) -> None:
-        self._require("at least 1", lambda v: v >= 1, *COUNTS)
+        for name in COUNTS:
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         self._require("above 0", lambda v: v > 0, "lr", "a", "a_min", "a_max", "clip")
         self._require("in [0, 1)", lambda v: 0 <= v < 1, "sparsity", "momentum", "holdout")
         self._require("in [0, 1]", lambda v: 0 <= v <= 1, "ramp_begin", "ramp_end")
@@ -198,6 +249,17 @@ class Config:
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
+    def _check_recipe(self) -> None:
+        """Let the recipe check its settings, and refuse a structure without what is ranked."""
+        cuts = [phase for phase in self.phases() if isinstance(phase, Prune)]
+        by_scale = any(cut.criterion is batch_norm_scale for cut in cuts)
+        if by_scale and self.structure not in WITH_SCALES:
+            who = f"criterion {self.criterion!r}" if self.criterion else f"recipe {self.recipe!r}"
+            raise ValueError(
+                f"structure must be one of {', '.join(WITH_SCALES)}, whose units have the "
+                f"batch-norm scales that {who} ranks by, not {self.structure!r}"
+            )
+
     def _blank_unused(self) -> None:
         of_recipes = {name for recipe in RECIPES for name in _parameters(recipe)}
         if "structure" not in _parameters(self.recipe):
@@ -208,13 +270,6 @@ class Config:
 
 def _parameters(recipe: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(RECIPES[recipe]).parameters
-
-
-def _defaults(recipe: str) -> dict[str, Any]:
-    if recipe not in RECIPES:  # as is found out when its field is checked
-        return {}
-    found = {name: parameter.default for name, parameter in _parameters(recipe).items()}
-    return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
 
 
 def type_of(kind: Any) -> Any:
@@ -231,50 +286,3 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if wanted is float and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}")
     return wanted(value)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if choices and value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def phases_of(config: Config, example: Tensor | None = None) -> list[Phase]:
-    """The phases of the configuration's recipe, given the settings that its parameters name.
-
-    `example` is an input of the network, which structures that reach through several layers need
-    once training starts.
-    """
-    settings = config.settings()
-    settings["lr"] = LR_SCHEDULES[config.lr_schedule](config.lr)
-    if config.structure is not None:
-        settings["structure"] = STRUCTURES[config.structure](example)
-    recipe = RECIPES[config.recipe]
-    phases = recipe(**{name: settings[name] for name in _parameters(config.recipe)})
-    criterion = CRITERIA[config.criterion] if config.criterion else None
-    allocation = ALLOCATIONS[config.allocation] if config.allocation else None
-    return ranked(phases, criterion, allocation)
-
-
-def build(config: Config, data: AnyDataset) -> nn.Module:
-    """The configuration's network for `data`, its weights drawn from the configuration's seed."""
-    torch.manual_seed(config.seed)
-    return build_model(
-        config.model,
-        channels=data.channels,
-        size=data.size,
-        classes=data.classes,
-        width=config.width,
-    )
-
-
-def options_of(config: Config, **more: Any) -> dict[str, Any]:
-    """The configuration's options for `train`, and `more` of them."""
-    optimizer = partial(
-        SGD,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )
-    shared = {f.name for f in fields(Options)} & {f.name for f in fields(config)}
-    return {"optimizer": optimizer, **{name: getattr(config, name) for name in shared}, **more}

@@ -10,19 +10,7 @@ from torch import nn
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# accelerate is imported in the functions, as it takes longer than all of the library.
-
-
-def _has_gpu() -> bool:
-    return any(gpu.is_available() for gpu in (torch.cuda, torch.backends.mps, torch.xpu))
-
-
-def _processes(cpu: bool = False) -> Any:
-    """What accelerate knows of this process and those beside it."""
-    from accelerate.state import PartialState
-
-    # Told of no CPU, accelerate takes several processes without a GPU for as many single ones.
-    return PartialState(cpu=cpu or not _has_gpu())
+# accelerate is imported in the functions: its import takes longer than that of all of swdlib.
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -53,6 +41,15 @@ def main_process_first() -> AbstractContextManager[None]:
     return context
 
 
+def _processes(cpu: bool = False) -> Any:
+    """accelerate's state of this process and the others of the run."""
+    from accelerate.state import PartialState
+
+    # On a machine without a GPU, accelerate groups several processes only if it is told of the CPU.
+    gpus = (torch.cuda, torch.backends.mps, torch.xpu)
+    return PartialState(cpu=cpu or not any(gpu.is_available() for gpu in gpus))
+
+
 def can_be_channels_last(model: nn.Module, device: torch.device) -> bool:
     """Whether the gradients of `model` come out right where images lie channels last.
 
@@ -61,12 +58,9 @@ def can_be_channels_last(model: nn.Module, device: torch.device) -> bool:
     """
     if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
         return True
-    return not any(isinstance(m, nn.Conv2d) and _is_miscomputed(m) for m in model.modules())
-
-
-def _is_miscomputed(conv: nn.Conv2d) -> bool:
-    strided = max(conv.stride) > 1 and max(conv.kernel_size) == 1
-    return strided and conv.in_channels // conv.groups < 8
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    strided = [conv for conv in convs if max(conv.stride) > 1 and max(conv.kernel_size) == 1]
+    return all(conv.in_channels // conv.groups >= 8 for conv in strided)
 
 
 @dataclass(frozen=True)
@@ -85,13 +79,6 @@ class Tracker:
     def __post_init__(self) -> None:
         check_tracker(self.name)
 
-    def start(self, accelerator: Any) -> None:
-        """Begin a run of project "swdlib" with the tracker."""
-        named = {"wandb": {"name": self.run}, "trackio": {"name": self.run}}
-        named["mlflow"] = {"run_name": self.run}  # the others have no name for a run, or their own
-        given = {name: value for name, value in self.settings.items() if value is not None}
-        accelerator.init_trackers("swdlib", given, named)
-
 
 def check_tracker(name: str) -> None:
     """ValueError if accelerate knows no tracker `name`, or its package is not installed."""
@@ -108,7 +95,7 @@ def check_tracker(name: str) -> None:
 def make_accelerator(
     device: torch.device, precision: Precision, tracker: Tracker | None = None
 ) -> Any:
-    """An accelerate.Accelerator for `device`, its tracker begun; fp16 needs a GPU or ValueError."""
+    """An accelerate.Accelerator, its tracker started; ValueError for fp16 without a GPU."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -122,5 +109,9 @@ def make_accelerator(
         return Accelerator(**options)
     folder = tracker.folder / tracker.run
     accelerator = Accelerator(**options, log_with=tracker.name, project_dir=folder)
-    tracker.start(accelerator)
+    settings = {name: value for name, value in tracker.settings.items() if value is not None}
+    # The other trackers have no name for a run, or give it one of their own.
+    named = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}
+    names = {kind: {argument: tracker.run} for kind, argument in named.items()}
+    accelerator.init_trackers("swdlib", settings, names)
     return accelerator

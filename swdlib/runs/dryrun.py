@@ -1,10 +1,9 @@
-"""Dry runs: two steps of a configuration at full size, before days are spent on all of them."""
+"""Dry runs: two steps of each phase at full size, before days are spent on the whole run."""
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +11,13 @@ from torch import Tensor
 from swdlib.data.images import Dataset, Split, count_steps
 from swdlib.data.load import SHAPES, AnyDataset, load_data
 from swdlib.metrics import parameters
-from swdlib.recipes import Phase, Train
-from swdlib.runs.config import Config, build, options_of, phases_of
+from swdlib.recipes import Train
+from swdlib.runs.config import Config
 from swdlib.runs.devices import find_device, main_process_first
 from swdlib.runs.records import duration
 from swdlib.runs.training import train
 
 STEPS = 2
-
 
 # The parameters of the published networks, by dataset, network and width.
 PUBLISHED = {("cifar10", "resnet20", 64): 4_330_442, ("imagenet", "resnet50", None): 25_557_032}
@@ -29,9 +27,9 @@ PUBLISHED = {("cifar10", "resnet20", 64): 4_330_442, ("imagenet", "resnet50", No
 class Estimate:
     """What a run would take: its slowest step, the whole of it, and memory.
 
-    `images` says what the steps were taken on. `read_seconds` are those in which the images of a
-    step are read; None if they need not be. `memory` is the peak in bytes, of the GPU or, without
-    one, of this process so far.
+    `images` says which images the steps were measured on. `read_seconds` is the time it takes to
+    read the images of a step; None if they are in memory. `memory` is the peak in bytes, of the GPU
+    or, without one, of this process so far.
     """
 
     config: Config
@@ -48,12 +46,12 @@ class Estimate:
     def text(self) -> str:
         """Some lines to print."""
         config = self.config
-        published = ", as published" if _published(config) else ""
+        published = (config.dataset, config.model, config.width) in PUBLISHED
         reading = "" if self.read_seconds is None else f", read in {duration(self.read_seconds)}"
         return (
             f"Dry run of {config.title()}\n"
             f"images     {self.images}\n"
-            f"network    {self.parameters:,} parameters{published}\n"
+            f"network    {self.parameters:,} parameters{', as published' if published else ''}\n"
             f"a step     {duration(self.step_seconds)} in {config.precision} on {self.device}, "
             f"for {config.batch_size} images{reading}\n"
             f"whole run  {self.steps:,} steps and {self.evaluations} evaluations: "
@@ -65,127 +63,113 @@ class Estimate:
 def dry_run(config: Config, *, progress: bool = True) -> Estimate:
     """Take two steps in each phase of the run, evaluate a batch, and estimate the whole.
 
-    No record is written. CIFAR-10 is downloaded if it is not there, as for a run; images that are
-    not to be had are random ones of the same shape.
-    ValueError if the network should have a published number of parameters and has another.
+    No record is written. CIFAR-10 is downloaded if it is missing, as for a run; images that cannot
+    be found are replaced by random ones of the same shape. ValueError if the number of parameters
+    is published for this network and differs.
     """
     device = find_device(config.device)
     with main_process_first():
-        data, images, counts = _find(config)
+        data, images, trained, tested = _find(config)
     data = data.to(device)
-    model = build(config, data)
-    _check(config, parameters(model))
-    phases = phases_of(config, next(_take(data, 2, 2).test_batches(2))[0])
-    watched = _Watched(_take(data, STEPS * config.batch_size, config.batch_size))
-    train(model, watched, [_shorten(p) for p in phases], **options_of(config, progress=progress))
-    return Estimate(
-        config,
-        images,
-        _name(device),
-        parameters(model),
-        memory=_peak_memory(device),
-        **_extrapolate(config, phases, watched, *counts),
-    )
+    model = config.build(data)
+    published = PUBLISHED.get((config.dataset, config.model, config.width))
+    if published not in (None, found := parameters(model)):
+        raise ValueError(
+            f"model {config.model} must have {published:,} parameters, as published, not {found:,}"
+        )
+    timed = _Timed(_first(data, STEPS * config.batch_size, config.batch_size))
+    phases = config.phases(next(_first(data, 2, 2).test_batches(2))[0])
+    short = [replace(p, epochs=1) if isinstance(p, Train) else p for p in phases]
+    train(model, timed, short, **config.options(progress=progress))
 
-
-def _extrapolate(
-    config: Config, phases: Sequence[Phase], watched: "_Watched", trained: int, tested: int
-) -> dict[str, Any]:
-    """From the seconds an image to those of a run on so many images."""
-    read = watched.read_seconds()
-    each = [config.batch_size * max(seconds, read or 0) for seconds in watched.training]
+    # From the seconds of an image to those of a step of each phase, and of the whole run.
+    read = timed.read_seconds()
+    each = [config.batch_size * max(seconds, read or 0) for seconds in timed.training]
     epochs = [phase.epochs for phase in phases if isinstance(phase, Train)]
     steps = [count * count_steps(trained, config.batch_size) for count in epochs]
     evaluations = sum(epochs) + len(phases) - len(epochs)
-    testing = evaluations * tested * max(min(watched.testing), read or 0)
-    return {
-        "step_seconds": max(each),
-        "read_seconds": None if read is None else read * config.batch_size,
-        "steps": sum(steps),
-        "evaluations": evaluations,
-        "seconds": testing + sum(n * seconds for n, seconds in zip(steps, each, strict=True)),
-    }
+    testing = evaluations * tested * max(min(timed.testing), read or 0)
+    on_gpu = device.type == "cuda"
+    return Estimate(
+        config,
+        images,
+        device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        parameters=found,
+        step_seconds=max(each),
+        read_seconds=None if read is None else read * config.batch_size,
+        steps=sum(steps),
+        evaluations=evaluations,
+        seconds=testing + sum(n * seconds for n, seconds in zip(steps, each, strict=True)),
+        memory=torch.cuda.max_memory_allocated(device) if on_gpu else _peak_memory(),
+    )
 
 
-def _find(config: Config) -> tuple[AnyDataset, str, tuple[int, int]]:
-    """Images, what they are, and how many of them a run trains on and is tested on."""
+def _find(config: Config) -> tuple[AnyDataset, str, int, int]:
+    """Images, what they are, and how many of them a run is trained on and tested on."""
     try:
         data = load_data(config.dataset, config.data_root, holdout=config.holdout)
     except FileNotFoundError as error:
-        channels, size, classes, trained, tested = SHAPES[config.dataset]
-        if config.holdout:
-            tested = round(config.holdout * trained)
-            trained -= tested
         reason = str(error).split(":")[0].split(". ")[0]
-        found = f"random ones of the same shape: {reason}"
-        return _random(config, channels, size, classes), found, (trained, tested)
-    counts = len(data.train), len(data.test)
-    found = "{:,} to train and {:,} to test".format(*counts)
-    return data, f"{found}, from {data.source}", counts
-
-
-def _random(config: Config, channels: int, size: int, classes: int) -> Dataset:
+    else:
+        trained, tested = len(data.train), len(data.test)
+        return (
+            data,
+            f"{trained:,} to train and {tested:,} to test, from {data.source}",
+            trained,
+            tested,
+        )
+    channels, size, classes, trained, tested = SHAPES[config.dataset]
+    if config.holdout:
+        tested = round(config.holdout * trained)
+        trained -= tested
     shape = (STEPS * config.batch_size, channels, size, size)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    split = Split(images, torch.randint(classes, shape[:1], generator=generator))
-    unit = (0.5,) * channels
-    padding = 4 if size == 32 else 0
-    return Dataset(config.dataset, "random", split, split, classes, unit, unit, padding, True, "")
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    split = Split(pixels, torch.randint(classes, shape[:1], generator=generator))
+    unit, padding = (0.5,) * channels, 4 if size == 32 else 0
+    made = Dataset(config.dataset, "random", split, split, classes, unit, unit, padding, True, "")
+    return made, f"random ones of the same shape: {reason}", trained, tested
 
 
-def _take(data: AnyDataset, train: int, test: int) -> AnyDataset:
+def _first(data: AnyDataset, train: int, test: int) -> AnyDataset:
+    """A few of the training images, some of which are also the test images."""
     count = min(train, len(data.train))
     numbers = torch.arange(count) * (len(data.train) // count)  # of all classes
     return data.take(numbers, numbers[:test])
 
 
-def _shorten(phase: Phase) -> Phase:
-    return replace(phase, epochs=1) if isinstance(phase, Train) else phase
-
-
-def _published(config: Config) -> int | None:
-    return PUBLISHED.get((config.dataset, config.model, config.width))
-
-
-def _check(config: Config, found: int) -> None:
-    published = _published(config)
-    if published is not None and found != published:
-        raise ValueError(
-            f"model {config.model} must have {published:,} parameters, as published, not {found:,}"
-        )
-
-
-class _Watched:
-    """A dataset that notes for how many seconds an image of it keeps the loop busy."""
+class _Timed:
+    """A dataset that measures for how many seconds each of its images keeps the loop busy."""
 
     def __init__(self, data: AnyDataset) -> None:
         self.data, self.device, self.world = data, data.device, 1
-        self.training: list[float] = []  # one number an epoch
-        self.testing: list[float] = []  # and one an evaluation
+        self.training: list[float] = []  # one number for each epoch
+        self.testing: list[float] = []  # and one for each evaluation
 
     def steps(self, batch_size: int, *, world: int = 1) -> int:
         self.world = world
         return self.data.steps(batch_size, world=world)
 
     def train_batches(self, batch_size: int, **options: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._watch(self.data.train_batches(batch_size, **options), self.training)
+        return self._time(self.data.train_batches(batch_size, **options), self.training)
 
     def test_batches(self, batch_size: int, **options: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._watch(self.data.test_batches(batch_size, **options), self.testing)
+        return self._time(self.data.test_batches(batch_size, **options), self.testing)
 
-    def _watch(
+    def _time(
         self, batches: Iterator[tuple[Tensor, Tensor]], seconds: list[float]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         each = []
         started = self._now()
         for images, labels in batches:
-            if not isinstance(self.data, Dataset):  # those are read while the step before is taken
+            if not isinstance(
+                self.data, Dataset
+            ):  # images in files are read during the step before
                 started = self._now()
             yield images, labels
             each.append((self._now() - started) / (len(labels) * self.world))
             started = self._now()
-        seconds.append(min(each))  # the first takes longer than all that follow
+        seconds.append(min(each))  # the first step is slower than all that follow
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -193,7 +177,7 @@ class _Watched:
         return time.monotonic()
 
     def read_seconds(self) -> float | None:
-        """The seconds an image in which all processes read; None if images are in memory."""
+        """The seconds that all processes together need to read an image; None if in memory."""
         if isinstance(self.data, Dataset):
             return None
         alone = replace(self.data, workers=0, device=torch.device("cpu"))
@@ -203,14 +187,9 @@ class _Watched:
         return (time.monotonic() - started) / (len(labels) * readers)
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # Windows has none
+def _peak_memory() -> int:
+    """The peak memory of this process so far, in bytes."""
+    import resource  # here, as Windows has none
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -12,27 +12,28 @@ from swdlib.files import write_whole
 if TYPE_CHECKING:
     import pandas as pd
 
-# Where and how a run is done, not what: the same result is expected with any of these.
+# Where a run is done, which should not change its result: no part of its address.
 NOT_ADDRESSED = ("data_root", "device", "tracker")
 
-# Settings that came later, and how runs were done before: with these, they are the same runs still.
+# Settings that were added later: at these values, which earlier runs had, they do not change the
+# address.
 AS_BEFORE = {"growth": "exponential", "growth_end": 1.0}
 
-# A row's histogram of the weights counts log10 |w| in equal bins, from 1e-12 to 10: wide enough for
-# what a strong penalty leaves of a weight.
+# A row's histogram of the weights counts log10 |w| in equal bins, from 1e-12 to 10: under a strong
+# penalty weights get that small.
 HISTOGRAM_RANGE = (-12.0, 1.0)
 HISTOGRAM_BINS = 104
 
-# Names that the configuration shares with what a row measures.
+# In a table, settings whose names rows use for what they measured.
 RENAMED = {"sparsity": "target_sparsity", "lr": "peak_lr"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run.
+    """A run that has ended.
 
-    `config` holds the configuration; `rows` a dict a training epoch and a cut; `provenance` the
-    versions, machine and dataset; `status` is "finished" or "diverged".
+    `config` holds the settings, `rows` a dict for each training epoch and each cut, `provenance`
+    the dataset, versions, code and machine; `status` is "finished" or "diverged".
     """
 
     config: dict[str, Any]
@@ -42,7 +43,7 @@ class Record:
 
     @property
     def final(self) -> dict[str, Any]:
-        """The last row: what the run is judged by, whatever came before."""
+        """The last row, by which the run is judged."""
         return self.rows[-1]
 
     def summary(self) -> str:
@@ -57,10 +58,10 @@ class Record:
 
 
 def address(config: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits that stand for the configuration.
+    """Sixteen hexadecimal digits that identify the configuration.
 
-    A setting that is None or `AS_BEFORE` does not count: the address stays as it was when settings
-    are added that a run does not use, or that it could not choose.
+    A setting that is None or as in `AS_BEFORE` does not count, so that records keep their addresses
+    when settings are added.
     """
     without = {**dict.fromkeys(config), **AS_BEFORE}
     counted = {k: v for k, v in config.items() if v is not None and v != without[k]}
@@ -70,35 +71,37 @@ def address(config: dict[str, Any]) -> str:
 
 
 def path_of(config: dict[str, Any], folder: Path) -> Path:
-    """Where the record of a configuration lies: a readable name, then its address."""
+    """The path of a configuration's record: its name is a readable part, then the address."""
     name = "-".join(str(config[k]) for k in ("dataset", "model", "recipe", "sparsity"))
     return folder / str(config["profile"]) / f"{name}-{address(config)}.json"
 
 
+def checkout() -> Path | None:
+    """The checkout of its repository that swdlib runs from; None if it is an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "book").is_dir() and (root / "pyproject.toml").is_file() else None
+
+
 def default_folder() -> Path:
     """`book/records` if swdlib runs from a checkout of its repository, otherwise `./records`."""
-    root = Path(__file__).resolve().parent.parent
-    is_checkout = (root / "book").is_dir() and (root / "pyproject.toml").is_file()
-    return root / "book" / "records" if is_checkout else Path("records")
+    root = checkout()
+    return root / "book" / "records" if root else Path("records")
 
 
 def save(record: Record, folder: Path) -> Path:
     """Write the record, whole or not at all, and return its path."""
+    content = asdict(record)
+    # One line for each row: the files are small, and changes to them can be read.
+    rows = ",\n".join("  " + json.dumps(row) for row in content.pop("rows"))
+    head = json.dumps(content, indent=1)
+    text = f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
     path = path_of(record.config, folder)
-    text = _to_json(asdict(record))
     write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
     return path
 
 
-def _to_json(content: dict[str, Any]) -> str:
-    # A line a row: small files whose changes can be read.
-    rows = ",\n".join("  " + json.dumps(row) for row in content.pop("rows"))
-    head = json.dumps(content, indent=1)
-    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
-
-
 def load(path: Path) -> Record:
-    """Read a record; ValueError if it is damaged, or its name not its configuration's address."""
+    """Read a record; ValueError if it is damaged, or if its name and configuration disagree."""
     try:
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
         expected = address(record.config)
@@ -110,16 +113,16 @@ def load(path: Path) -> Record:
 
 
 def load_records(folder: str | Path | None = None) -> "pd.DataFrame":
-    """All records below `folder` as one table, see `tabulate`; ValueError if one is damaged."""
+    """All records below `folder` as one table (see `tabulate`); ValueError if one is damaged."""
     return tabulate(map(load, sorted(Path(folder or default_folder()).rglob("*.json"))))
 
 
 def tabulate(found: Iterable[Record]) -> "pd.DataFrame":
-    """Records as one tidy table: a row a recorded row.
+    """Records as one tidy table, with a line for each of their rows.
 
-    Each row has the run's address in `run`, its configuration, `status` and `data_source` beside
-    what was measured. Of the configuration, `sparsity` is called `target_sparsity` and `lr`
-    `peak_lr`: `sparsity` and `lr` are those of the row.
+    Beside what the row holds, a line has the run's address in `run`, `status`, `data_source` and
+    the settings. Of these, `sparsity` becomes `target_sparsity` and `lr` `peak_lr`: `sparsity` and
+    `lr` are the row's.
     """
     import pandas as pd  # here, as it takes long to import
 
@@ -136,7 +139,7 @@ def tabulate(found: Iterable[Record]) -> "pd.DataFrame":
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them, to two or three digits."""
+    """Seconds in a unit that suits them, to three digits."""
     for limit, size, unit in (
         (1, 1e-3, "ms"),
         (120, 1, "s"),

@@ -2,7 +2,8 @@
 
 import hashlib
 import platform
-from collections.abc import Collection, Iterator, Mapping
+import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from functools import partial
@@ -20,19 +21,11 @@ from swdlib.deploy.stored import is_stored, save_sparse
 from swdlib.masks import NotFinite
 from swdlib.metrics import count_macs, evaluate, in_eval, latencies, parameters, recalibrated
 from swdlib.runs import records
-from swdlib.runs.config import Config, build, options_of, phases_of
+from swdlib.runs.config import Config
 from swdlib.runs.devices import Tracker, find_device, is_main_process, main_process_first
 from swdlib.runs.records import Record
 from swdlib.runs.training import Row, train
 from swdlib.structures import is_prunable
-
-# Modules without which a run is the same to the bit: what shows results, or uses a network after.
-UNDECIDING = (
-    *("__init__", "audits", "checks", "claims"),
-    *("cli", "deploy", "dryruns", "history", "imagenet"),
-    *("interactive", "notebooks", "onnx_files", "places", "plots"),
-    *("sparse_kernels", "sweeps"),
-)
 
 # Structures whose units can be cut out of the network, which is then measured once more.
 SHRINKABLE = ("filters", "channels", "filters_and_channels")
@@ -68,8 +61,8 @@ def run(
                 checkpoint.unlink(missing_ok=True)
             root, holdout = config.data_root, config.holdout
             data = load_data(config.dataset, root, device=device, holdout=holdout)
-        model = build(config, data)
-        options = options_of(config, checkpoint=checkpoint, code=code_digest(), progress=progress)
+        model = config.build(data)
+        options = config.options(checkpoint=checkpoint, code=code_digest(), progress=progress)
         if config.tracker:
             trackers = path.parent / "trackers"
             options["log_to"] = Tracker(config.tracker, trackers, path.stem, config.settings())
@@ -89,7 +82,7 @@ def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str
     facts = provenance(data)
     try:
         example = next(data.test_batches(2))[0]
-        rows = train(model, data, phases_of(config, example), **options)
+        rows = train(model, data, config.phases(example), **options)
         if config.structure in SHRINKABLE:
             rows.append(_measure_shrunk(model, data, example, rows[-1]))
         twin = recalibrated(model, data)
@@ -120,7 +113,7 @@ def _measure_shrunk(model: nn.Module, data: AnyDataset, example: Tensor, last: R
 
 
 def provenance(data: AnyDataset) -> dict[str, Any]:
-    """With what a run was made: dataset, versions, code and machine."""
+    """The dataset, versions, code and machine of a run."""
     packages = ("torch", "torchvision", "accelerate", "numpy")
     device = data.device
     return {
@@ -136,7 +129,7 @@ def provenance(data: AnyDataset) -> dict[str, Any]:
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
         },
-        "code": {"version": version("swdlib"), "digest": code_digest()},
+        "code": code(),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -145,18 +138,39 @@ def provenance(data: AnyDataset) -> dict[str, Any]:
     }
 
 
+def code() -> dict[str, Any]:
+    """The version of swdlib and, if it runs from a git checkout of its repository, the commit.
+
+    `clean` says whether all of the library is as in the commit.
+    """
+    found: dict[str, Any] = {"version": version("swdlib")}
+    commit = git("rev-parse", "HEAD")
+    # Without the lock on the index that another git command may need at the same time.
+    changes = git("--no-optional-locks", "status", "--porcelain", "--", "swdlib")
+    if commit is not None and changes is not None:
+        found |= {"commit": commit[:12], "clean": not changes}
+    return found
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints in the checkout that swdlib runs from; None without a checkout or git."""
+    root = records.checkout()
+    if root is None or not (root / ".git").exists():  # else git would look in the folders above
+        return None
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True, encoding="utf-8")
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 def code_digest() -> str:
-    """Twelve hexadecimal digits that stand for the library's code that decides a result."""
-    paths = Path(__file__).parents[1].rglob("*.py")
-    return digest_of({path.name: path.read_bytes() for path in paths}, UNDECIDING)
-
-
-def digest_of(files: Mapping[str, bytes], undeciding: Collection[str]) -> str:
-    """The digest of a library of these files, by name, without the modules `undeciding`."""
+    """Twelve hexadecimal digits that stand for the library's code."""
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for name in sorted(files):
-        if name.removesuffix(".py") not in undeciding:
-            digest.update(name.encode() + files[name])
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-"""Training: the loop that carries out a list of phases, and evaluation.
+"""Training: the loop that carries out a list of phases.
 
 The loop knows phases, penalties and masks, never the name of a method. It runs on Hugging Face
 accelerate: on a CPU, a GPU, or several processes, each of which works on its share of every batch.
@@ -9,7 +9,8 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from functools import partial
 from inspect import getclosurevars
 from pathlib import Path
@@ -37,20 +38,16 @@ from swdlib.masks import (
 )
 from swdlib.metrics import BATCH, Data, count_correct, means, parameters, sums_over_test
 from swdlib.recipes import Phase, Prune, Train
-from swdlib.runs import training as checkpoints
 from swdlib.runs.devices import Precision, Tracker, can_be_channels_last, make_accelerator
 from swdlib.runs.records import HISTOGRAM_BINS, HISTOGRAM_RANGE
+from swdlib.schedules import check_count
 from swdlib.structures import is_prunable
 
 Row = dict[str, Any]
 
-# The options that a run must keep when it resumes; the phases are told apart as well.
-TELLING = ("seed", "batch_size", "precision", "clip", "code")
-ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-
 
 def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """The published optimizer: momentum 0.9, weight decay 5e-4; the phases set the rate."""
+    """The published optimizer: momentum 0.9, weight decay 5e-4; the phases set its rate."""
     return SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
@@ -59,19 +56,19 @@ class Options:
     """How `train` runs.
 
     Args:
-        optimizer: makes one from parameters, anew in each phase; the phase sets its rate.
+        optimizer: makes the optimizer of each phase from parameters; the phase sets its rate.
         loss: of (logits, labels, reduction="sum").
         batch_size: images in a step, over all processes.
         seed: of batch order, augmentation and dropout.
         precision: "fp32", or "bf16" or "fp16" autocast.
         accumulate: parts that a batch is worked through in, to save memory.
         clip: the largest gradient norm.
-        compile: whether torch.compile is used, for the network and for the penalty.
+        compile: whether the network is compiled by torch.compile.
         channels_last: whether images and weights lie channels last in memory; where that would
             give wrong gradients (`devices.can_be_channels_last`), they do not.
         checkpoint: file that a stopped run resumes from, bit for bit on a CPU.
         save_every: steps between two writes of the checkpoint.
-        code: what stands for the code of this run: no checkpoint of another code is resumed.
+        code: identifies the code of this run: a checkpoint of other code is refused.
         progress: whether a bar is shown.
         log_to: tracker that the numbers of each row are sent to.
     """
@@ -93,8 +90,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
+            check_count(name, getattr(self, name))
         if self.precision not in get_args(Precision):
             raise ValueError(
                 f"precision must be one of {get_args(Precision)}, not {self.precision!r}"
@@ -104,23 +100,35 @@ class Options:
 
 
 def train(model: nn.Module, data: Data, phases: Sequence[Phase], **options: Any) -> list[Row]:
-    """Carry out `phases` on `model`, in place, and return a row a training epoch and a cut.
+    """Carry out `phases` on `model`, in place, and return one row for each epoch and each cut.
 
-    `model` maps images to logits and is moved to the device of `data`; `options` are the fields of
-    `Options`. Seeds torch's global generators. Raises NotFinite, a ValueError, if training
-    diverges.
+    `model` maps images to logits and is moved to the device of `data`, a dataset such as
+    `load_data` returns. `options` are the fields of `Options`. Seeds torch's global generators.
+    Raises TypeError for an option or a dataset that is none, and NotFinite, a ValueError, if
+    training diverges.
     """
+    needed = ("device", "steps", "train_batches", "test_batches")
+    if not all(hasattr(data, name) for name in needed):
+        raise TypeError(
+            f"data must be a dataset such as load_data returns, with {', '.join(needed)}, "
+            f"not {data!r:.80}"
+        )
+    allowed = [option.name for option in fields(Options)]
+    for name in sorted(options.keys() - set(allowed)):
+        if name in {f.name for phase in (Train, Prune) for f in fields(phase)}:
+            hint = f"the phases set {name}"
+        else:
+            hint = "".join(f"did you mean {near}?" for near in get_close_matches(name, allowed, 1))
+        raise TypeError(
+            f"train has no option {name!r}{hint and f' ({hint})'}; "
+            f"the options are {', '.join(allowed)}"
+        )
     return _Loop(model, data, phases, Options(**options)).run()
-
-
-def _numbers(row: Row) -> dict[str, float]:
-    """What a tracker can draw; a cut, which is at the step of an epoch, has names of its own."""
-    return {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
 
 
 @dataclass
 class _Position:
-    """Where a run is: together with the weights, all that it needs to go on."""
+    """How far a run has come: with the weights and the optimizer, all that it resumes from."""
 
     phase: int = 0
     epoch: int = 0  # done in this phase
@@ -129,35 +137,6 @@ class _Position:
     seconds: float = 0.0  # spent in this epoch
     epochs: int = 0  # done in all phases
     steps: int = 0  # done in all phases
-
-    def next_epoch(self) -> "_Position":
-        return _Position(self.phase, self.epoch + 1, epochs=self.epochs + 1, steps=self.steps)
-
-    def next_phase(self) -> "_Position":
-        return _Position(self.phase + 1, epochs=self.epochs, steps=self.steps)
-
-
-def _in_words(setting: Any) -> str:
-    """A phase, or a setting of one, in words that are the same in every process."""
-    if isinstance(setting, Train):
-        penalty = f" with {_in_words(setting.penalty)}" if setting.penalty else ""
-        return f"{setting.epochs} epochs at {_in_words(setting.lr)}{penalty}"
-    if isinstance(setting, Prune):
-        by = _in_words(setting.criterion), _in_words(setting.allocation)
-        return f"cut {setting.sparsity:g} of {_in_words(setting.structure)} by {', '.join(by)}"
-    if isinstance(setting, partial):
-        return f"{_in_words(setting.func)}({_listed(setting.keywords)})"
-    if isinstance(setting, FunctionType):
-        held = getclosurevars(setting).nonlocals
-        plain = {
-            n: v for n, v in held.items() if isinstance(v, int | float | str) or is_dataclass(v)
-        }
-        return setting.__name__ + (f"({_listed(plain)})" if plain else "")
-    return getattr(setting, "__name__", None) or ADDRESS.sub("", repr(setting))
-
-
-def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_in_words(value)}" for name, value in settings.items())
 
 
 class _Loop:
@@ -183,35 +162,37 @@ class _Loop:
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self._resume()
-        self._check_cuts()
+        for phase in self.phases[self.at.phase :]:
+            if isinstance(phase, Prune):  # a sparsity out of reach is refused before hours of work
+                groups = find_groups(self.model, phase.structure)
+                check_reachable(groups, phase.sparsity, phase.allocation)
         self.network = self.accelerator.prepare(self.model)
         if self.options.compile:
             self.network = torch.compile(self.network)
+        epochs = sum(phase.epochs for phase in self.phases if isinstance(phase, Train))
+        self.bar = tqdm(
+            total=epochs * self.steps_per_epoch,
+            initial=self.at.steps,
+            unit="step",
+            disable=not (self.options.progress and self.accelerator.is_main_process),
+            mininterval=1,
+        )
         try:
-            with self._bar() as self.bar:
-                self._carry_out()
+            with self.bar:
+                while self.at.phase < len(self.phases):
+                    phase = self.phases[self.at.phase]
+                    if isinstance(phase, Prune):
+                        self._cut(phase)
+                    else:
+                        self._train(phase)
+                    done = self.at
+                    self.at = _Position(done.phase + 1, epochs=done.epochs, steps=done.steps)
+                    self.optimizer = self.penalty = None
         finally:
             self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
             for tracker in self.accelerator.trackers:
-                tracker.finish()  # accelerate's end_training would part the processes as well
+                tracker.finish()  # accelerate's end_training would also end the process group
         return self.rows
-
-    def _check_cuts(self) -> None:
-        """Refuse a sparsity that cannot be reached before hours of training, not after them."""
-        for phase in self.phases[self.at.phase :]:
-            if isinstance(phase, Prune):
-                groups = find_groups(self.model, phase.structure)
-                check_reachable(groups, phase.sparsity, phase.allocation)
-
-    def _carry_out(self) -> None:
-        while self.at.phase < len(self.phases):
-            phase = self.phases[self.at.phase]
-            if isinstance(phase, Prune):
-                self._cut(phase)
-            else:
-                self._train(phase)
-            self.at = self.at.next_phase()
-            self.optimizer = self.penalty = None
 
     def _cut(self, phase: Prune) -> None:
         groups = find_groups(self.model, phase.structure)
@@ -248,16 +229,24 @@ class _Loop:
             self.at.seconds = time.monotonic() - started
             if self.at.steps % self.options.save_every == 0:
                 self._save()
-        rate = self._rate(phase, self.at.batch - 1)
-        self._add_row("train", {"lr": rate, **self._end_epoch()})
+        at, rate = self.at, self._rate(phase, self.at.batch - 1)
+        loss, correct = (self.accelerator.reduce(self.totals.clone()) / at.images).tolist()
+        if not math.isfinite(loss):
+            raise NotFinite(f"the training loss of epoch {at.epochs + 1} is {loss}: {DIVERGED}")
+        if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
+            raise NotFinite(f"after epoch {at.epochs + 1} a weight is not finite: {DIVERGED}")
+        self.totals.zero_()
+        self.at = _Position(at.phase, at.epoch + 1, epochs=at.epochs + 1, steps=at.steps)
+        trained = {"train_loss": loss, "train_top1": 100 * correct, "seconds": at.seconds}
+        self._add_row("train", {"lr": rate, **trained})
 
     def _rate(self, phase: Train, batch: int) -> float:
         done = self.at.epoch * self.steps_per_epoch + batch
         return phase.lr(done / (phase.epochs * self.steps_per_epoch))
 
     def _step(self, images: Tensor, labels: Tensor, rate: float) -> None:
-        # Seeding every step makes dropout resumable without the generators' states. For every kind
-        # of device that there might be, torch.manual_seed asks for a trace of the stack.
+        # A seed for each step makes dropout resumable without the states of the generators.
+        # torch.manual_seed, which seeds all kinds of devices, takes a stack trace for each of them.
         on_cpu = self.device.type == "cpu"
         seed = (self.options.seed * 1_000_003 + self.at.steps) * 1_000_003 + self.share["rank"]
         (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(seed % 2**63)
@@ -276,43 +265,23 @@ class _Loop:
         self.bar.update()
 
     def _backward(self, images: Tensor, labels: Tensor) -> None:
-        total = self._over_processes(len(labels))
+        world, total = self.share["world"], len(labels)
+        if world > 1:
+            total = int(self.accelerator.reduce(torch.tensor(total, device=self.device)))
         self.at.images += total
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         parts = self.options.accumulate
-        images = self._layout(images)
         pairs = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
         for i, (some_images, some_labels) in enumerate(pairs):
             waits = i < len(pairs) - 1  # only the last part's backward pass syncs the processes
             with self.accelerator.no_sync(self.network) if waits else nullcontext():
                 logits = self.network(some_images)
                 loss = self.options.loss(logits, some_labels, reduction="sum")
-                # The processes' gradients get averaged: each gives `world` times its share.
-                self.accelerator.backward(loss * (self.share["world"] / total))
+                # The gradients are averaged over the processes: each gives `world` times its share.
+                self.accelerator.backward(loss * (world / total))
             correct = count_correct(logits.detach(), some_labels)
             self.totals += torch.stack([loss.detach().float(), correct.float()])
-
-    def _layout(self, images: Tensor) -> Tensor:
-        if not self.channels_last:
-            return images
-        return images.contiguous(memory_format=torch.channels_last)
-
-    def _over_processes(self, number: int) -> int:
-        if self.share["world"] == 1:
-            return number
-        return int(self.accelerator.reduce(torch.tensor(number, device=self.device)))
-
-    def _end_epoch(self) -> Row:
-        loss, correct = (self.accelerator.reduce(self.totals.clone()) / self.at.images).tolist()
-        if not math.isfinite(loss):
-            raise NotFinite(
-                f"the training loss of epoch {self.at.epochs + 1} is {loss}: {DIVERGED}"
-            )
-        if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
-            raise NotFinite(f"after epoch {self.at.epochs + 1} a weight is not finite: {DIVERGED}")
-        seconds = self.at.seconds
-        self.totals.zero_()
-        self.at = self.at.next_epoch()
-        return {"train_loss": loss, "train_top1": 100 * correct, "seconds": seconds}
 
     def _add_row(self, kind: str, measured: Row) -> None:
         sums = sums_over_test(self.network, self.data, self.options.loss, BATCH, **self.share)
@@ -330,14 +299,10 @@ class _Loop:
             "weights": weight_histogram(p for p in self.model.parameters() if is_prunable(p)),
         }
         self.rows.append(row)
-        self.accelerator.log(_numbers(row), step=self.at.steps)
+        # A cut is logged at the same step as the epoch before it: the kind tells them apart.
+        numbers = {f"{kind}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
+        self.accelerator.log(numbers, step=self.at.steps)
         self.bar.set_postfix(epoch=self.at.epochs, top1=f"{row['top1']:.2f}")
-
-    def _bar(self) -> tqdm:
-        epochs = sum(phase.epochs for phase in self.phases if isinstance(phase, Train))
-        hidden = not (self.options.progress and self.accelerator.is_main_process)
-        total = epochs * self.steps_per_epoch
-        return tqdm(total=total, initial=self.at.steps, unit="step", disable=hidden, mininterval=1)
 
     def _save(self) -> None:
         totals = self.accelerator.reduce(self.totals.clone())
@@ -354,15 +319,17 @@ class _Loop:
             "penalty": self.penalty.state_dict() if self.penalty else None,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
-        checkpoints.save(self.options.checkpoint, state)
+        save_checkpoint(self.options.checkpoint, state)
 
     def _identity(self) -> dict[str, Any]:
-        """What tells this run from others that a checkpoint may be of."""
-        given = {name: getattr(self.options, name) for name in TELLING}
+        """What a run and its checkpoint must agree in."""
+        names = ("seed", "batch_size", "precision", "clip", "code")
+        given = {name: getattr(self.options, name) for name in names}
         return {**given, "phases": [_in_words(phase) for phase in self.phases]}
 
     def _resume(self) -> None:
-        self.saved = checkpoints.load(self.options.checkpoint)
+        """Take position, rows, weights and masks from the checkpoint, if there is one."""
+        self.saved = load_checkpoint(self.options.checkpoint)
         if not self.saved:
             return
         other, this = self.saved.get("run"), self._identity()
@@ -379,7 +346,7 @@ class _Loop:
             self.totals += self.saved["totals"].to(self.device)
 
     def _restore(self) -> None:
-        """Give the phase that was stopped its optimizer, penalty and gradient scale back."""
+        """Take the states of optimizer, penalty and gradient scaler from the checkpoint, once."""
         if not self.saved:
             return
         self.optimizer.load_state_dict(self.saved["optimizer"])
@@ -390,15 +357,36 @@ class _Loop:
         self.saved = {}
 
 
-# checkpoints --------------------------------------------------------------------------------
+def _in_words(setting: Any) -> str:
+    """A phase, or a setting of one, in words that are the same in every process."""
+    if isinstance(setting, Train):
+        penalty = f" with {_in_words(setting.penalty)}" if setting.penalty else ""
+        return f"{setting.epochs} epochs at {_in_words(setting.lr)}{penalty}"
+    if isinstance(setting, Prune):
+        by = _in_words(setting.criterion), _in_words(setting.allocation)
+        return f"cut {setting.sparsity:g} of {_in_words(setting.structure)} by {', '.join(by)}"
+    if isinstance(setting, partial):
+        return f"{_in_words(setting.func)}({_listed(setting.keywords)})"
+    if isinstance(setting, FunctionType):
+        held = getclosurevars(setting).nonlocals
+        plain = {
+            n: v for n, v in held.items() if isinstance(v, int | float | str) or is_dataclass(v)
+        }
+        return setting.__name__ + (f"({_listed(plain)})" if plain else "")
+    without_address = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(setting))
+    return getattr(setting, "__name__", None) or without_address
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_in_words(value)}" for name, value in settings.items())
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, text, lists and dicts of them) to `path`."""
     write_whole(path, lambda file: torch.save(state, file))
 
 
-def load(path: Path | None) -> dict[str, Any]:
+def load_checkpoint(path: Path | None) -> dict[str, Any]:
     """The state in `path`, tensors on the CPU; empty if there is no such file.
 
     Nothing in the file can run code. ValueError if it is damaged.

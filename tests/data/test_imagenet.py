@@ -21,7 +21,7 @@ from swdlib.data.imagenet import ImageFolders, count_workers
 from swdlib.data.load import load_data
 from swdlib.deploy.stored import load_sparse
 from swdlib.models import build_model
-from swdlib.runs.config import Config, build, options_of, phases_of
+from swdlib.runs.config import Config
 from swdlib.runs.records import load_records
 from swdlib.runs.training import train
 from tests.data.test_imagenet_files import write_imagenet
@@ -223,15 +223,15 @@ killed_at(8, whole.take(torch.arange(48), torch.arange(48, 72)), Path(sys.argv[2
 def carry_out(sample: ImageFolders, **options: Any) -> tuple[list[dict[str, Any]], Any]:
     """Train on the sample and return the rows, without their times, and the weights."""
     config = Config(**SETTINGS)
-    model = build(config, sample)
-    phases = phases_of(config, next(sample.test_batches(2))[0])
-    rows = train(model, sample, phases, **options_of(config, progress=False, **options))
+    model = config.build(sample)
+    phases = config.phases(next(sample.test_batches(2))[0])
+    rows = train(model, sample, phases, **config.options(progress=False, **options))
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], model.state_dict()
 
 
 def killed_at(step: int, sample: ImageFolders, checkpoint: Path) -> None:
     """Train, write a checkpoint at every step, and die at one of them."""
-    make = options_of(Config(**SETTINGS))["optimizer"]
+    make = Config(**SETTINGS).options()["optimizer"]
 
     def optimizer(parameters: Any) -> Any:
         made, taken = make(parameters), [0]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from swdlib import cli
 from swdlib.data.load import load_data
 from swdlib.deploy.stored import load_sparse, save_sparse
 from swdlib.runs import check as audits
-from swdlib.runs import check as history
 from swdlib.runs import records
-from swdlib.runs.check import Audit, Commit, audit, audit_all
-from swdlib.runs.config import Config, build
-from swdlib.runs.run import run
+from swdlib.runs.check import Audit, audit, audit_all
+from swdlib.runs.config import Config
+from swdlib.runs.run import code, run
 
-ROOT = Path(__file__).resolve().parents[2]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BOOK = Path(__file__).resolve().parents[2] / "book" / "records"
 CONFIG = Config(epochs=2, width=4, sparsity=0.5)
 
 
@@ -55,8 +60,10 @@ def tampered(folder: Path, change: Callable[[dict[str, Any]], object]) -> Audit:
 def test_a_record_just_made_is_sound(made: Path) -> None:
     [found] = audit_all(made)
     assert found.problems == []
-    assert (found.code, found.data, found.figures) == ("current", *["computed again"] * 2)
-    assert str(found).startswith(f"sound  {record_in(made).stem}  code: current  data: computed")
+    assert (found.data, found.figures) == ("computed again", "computed again")
+    said = f"commit {code()['commit']}" if "commit" in code() else f"version {code()['version']}"
+    assert found.code.startswith(said)
+    assert str(found).startswith(f"sound  {record_in(made).stem}  code: {said}")
 
 
 @pytest.mark.parametrize("structure", ["filters", "weights"])
@@ -82,6 +89,10 @@ def set_row(number: int, **values: Any) -> Callable[[dict[str, Any]], object]:
     return lambda content: content["rows"][number].update(values)
 
 
+def set_code(**values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content["provenance"].update(code={"version": "0.1.0", **values})
+
+
 TAMPERING: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "configuration": (lambda c: c["config"].update(seed=3), "has been changed"),
     "status": (lambda c: c.update(status="best"), "finished or diverged, not 'best'"),
@@ -97,7 +108,8 @@ TAMPERING: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "weights": (set_row(0, weights={"zeros": 0, "counts": [1]}), "row 0: weights must count"),
     "a column": (lambda c: c["rows"][0].pop("loss"), "KeyError('loss')"),
     "rows of another kind": (lambda c: c.update(rows=[1, 2]), "cannot be read"),
-    "code": (lambda c: c["provenance"]["code"].update(digest="123"), "code, 123, is that of no"),
+    "code": (set_code(commit="123", clean=True), "its commit, 123, is not in the history"),
+    "a commit without its state": (set_code(commit="abc"), "KeyError('clean')"),
     "no provenance": (lambda c: c.update(provenance={}), "KeyError('code')"),
     "data": (
         lambda c: c["provenance"]["dataset"].update(fingerprint="f00"),
@@ -111,7 +123,7 @@ TAMPERING: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 @pytest.mark.parametrize("kind", TAMPERING)
 def test_tampering_is_found(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change, message = TAMPERING[kind]
-    monkeypatch.setattr(history, "commits", lambda: (Commit("abc", "2026-01-02", "d"),))
+    monkeypatch.setattr(audits, "_commits", lambda: frozenset({"abc"}))
     found = tampered(folder, change)
     assert any(message in problem for problem in found.problems), found.problems
     assert str(found).startswith("WRONG")
@@ -152,16 +164,28 @@ def test_a_record_that_was_moved_is_found(folder: Path) -> None:
     assert "it belongs at" in found.problems[0]
 
 
-def test_older_code_is_told_and_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "commits", lambda: (Commit("abcdef0123", "2026-01-02", "d"),))
-    found = tampered(folder, lambda c: c["provenance"]["code"].update(digest="d"))
-    assert (found.code, found.problems) == ("older, commit abcdef0 of 2026-01-02", [])
+@pytest.mark.parametrize(
+    ("values", "known", "said"),
+    [
+        ({"commit": "abc", "clean": True}, {"abc"}, "commit abc"),
+        ({"commit": "abc", "clean": False}, {"abc"}, "commit abc with changes"),
+        ({"commit": "abc", "clean": True}, None, "commit abc (not checked: no history here)"),
+        ({}, {"abc"}, "version 0.1.0"),
+        ({"digest": "f659550770fb"}, {"abc"}, "version 0.1.0"),  # of a former version of swdlib
+    ],
+)
+def test_the_code_is_named(
+    values: dict[str, Any], known: Any, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audits, "_commits", lambda: known)
+    found = tampered(folder, set_code(**values))
+    assert (found.code, found.problems) == (said, [])
 
 
 def test_another_network_beside_the_record_is_found(folder: Path) -> None:
     path = record_in(folder).with_suffix(".safetensors")
     config = Config(**json.loads(record_in(folder).read_text("utf-8"))["config"])
-    network = build(config, load_data("digits"))
+    network = config.build(load_data("digits"))
     masks = load_sparse(network, path)
     name, mask = next((name, mask) for name, mask in masks.items() if not mask.all())
     place = tuple((~mask).nonzero()[0])
@@ -188,11 +212,35 @@ def test_without_the_network_figures_are_not_computed_again(folder: Path) -> Non
 
 
 def test_known_fingerprints_are_those_of_the_data(cifar10_folder: Path) -> None:
-    from swdlib.runs.check import FINGERPRINTS
-
+    known = tomllib.loads((BOOK / "known.toml").read_text("utf-8"))["fingerprints"]
     roots = {"digits": None, "cifar10": cifar10_folder}
-    for fingerprint, (name, holdout) in FINGERPRINTS.items():
+    assert known
+    for fingerprint, (name, holdout) in known.items():
         assert load_data(name, roots[name], holdout=holdout).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        (None, "not checked"),
+        ('ae3bcfea977962c9 = ["cifar10", 0.0]', "known"),
+        ('ae3bcfea977962c9 = ["cifar10", 0.1]', "unknown"),
+        ('ae3bcfea977962c9 = ["digits", 0.0]', "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_data_that_is_not_here_must_be_listed_if_there_is_a_list(
+    known: str | None, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "laptop").mkdir()
+    shutil.copy(
+        BOOK / "laptop" / "cifar10-resnet20-swd-0.98-fb11a67e37786b60.json", tmp_path / "laptop"
+    )
+    if known is not None:
+        (tmp_path / "known.toml").write_text(f"[fingerprints]\n{known}\n", "utf-8")
+    [found] = audit_all(tmp_path)
+    problem = "fingerprint ae3bcfea977962c9 is not of cifar10 with 0 held out"
+    assert (found.data, found.problems) == (said, [problem] if said == "unknown" else [])
 
 
 def test_the_command_tells_all_and_fails_if_something_is_wrong(
@@ -213,12 +261,13 @@ def test_the_records_of_the_book_are_sound(
 ) -> None:
     left_out = shutil.ignore_patterns("checkpoints", "*.safetensors")
     for part in ("laptop", "ablations"):
-        folder = Path("book", "records", part)
-        shutil.copytree(ROOT / folder, tmp_path / "records" / part, ignore=left_out)
+        shutil.copytree(BOOK / part, tmp_path / "records" / part, ignore=left_out)
+    shutil.copy(BOOK / "known.toml", tmp_path / "records")
     cli.main(["check", str(tmp_path / "records")])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(list((tmp_path / "records").rglob("*.json")))
     assert all(line.startswith("sound  ") for line in lines)
+    assert not any("data: not checked" in line for line in lines)
 
 
 @pytest.mark.slow
@@ -235,7 +284,7 @@ def test_a_network_of_the_book_measures_as_its_record_says(
         finetune_epochs=5,
         lr=0.2,
     )
-    path = records.path_of(config.settings(), ROOT / "book" / "records")
+    path = records.path_of(config.settings(), BOOK)
     (tmp_path / "laptop").mkdir()
     for file in (path, path.with_suffix(".safetensors")):
         shutil.copy(file, tmp_path / "laptop")

@@ -7,27 +7,27 @@ from typing import Any
 import pytest
 import torch
 
-from swdlib.runs import training as checkpoints
+from swdlib.runs import training
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "run.pt"
     state = {"weights": torch.arange(3.0), "rows": [{"loss": 0.5}], "penalty": None}
-    checkpoints.save(path, state)
-    loaded = checkpoints.load(path)
+    training.save_checkpoint(path, state)
+    loaded = training.load_checkpoint(path)
     assert torch.equal(loaded.pop("weights"), torch.arange(3.0))
     assert loaded == {"rows": [{"loss": 0.5}], "penalty": None}
     assert [file.name for file in path.parent.iterdir()] == ["run.pt"]
 
 
 def test_no_file_is_an_empty_state(tmp_path: Path) -> None:
-    assert checkpoints.load(tmp_path / "run.pt") == {}
-    assert checkpoints.load(None) == {}
+    assert training.load_checkpoint(tmp_path / "run.pt") == {}
+    assert training.load_checkpoint(None) == {}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "run.pt"
-    checkpoints.save(path, {"step": 1})
+    training.save_checkpoint(path, {"step": 1})
 
     def fail(state: Any, file: Any) -> None:
         Path(file).write_bytes(b"half")
@@ -35,8 +35,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: Any) ->
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(path, {"step": 2})
-    assert checkpoints.load(path) == {"step": 1}
+        training.save_checkpoint(path, {"step": 2})
+    assert training.load_checkpoint(path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
 
 
@@ -52,13 +52,13 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: Any)
     torch.save({"model": Bomb()}, tmp_path / "zipped.pt")
     for file in (path, tmp_path / "zipped.pt"):
         with pytest.raises(ValueError, match="delete it to start again"):
-            checkpoints.load(file)
+            training.load_checkpoint(file)
     assert not Path("exploded").exists()
 
 
 def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    checkpoints.save(path, {"weights": torch.zeros(1000)})
+    training.save_checkpoint(path, {"weights": torch.zeros(1000)})
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"run\.pt is no readable checkpoint"):
-        checkpoints.load(path)
+        training.load_checkpoint(path)

@@ -12,7 +12,7 @@ from torch import Tensor
 from swdlib.data.load import SHAPES, load_data
 from swdlib.recipes import RECIPES
 from swdlib.runs import dryrun as dryruns
-from swdlib.runs.config import Config, build
+from swdlib.runs.config import Config
 from swdlib.runs.dryrun import dry_run
 from swdlib.runs.records import duration
 from tests.data.test_imagenet_files import write_imagenet
@@ -24,8 +24,8 @@ TINY: dict[str, Any] = {"epochs": 6, "finetune_epochs": 2, "width": 4, "batch_si
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every batch keep the loop busy for a second."""
 
-    class Clocked(dryruns._Watched):
-        def _watch(self, batches: Any, seconds: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    class Clocked(dryruns._Timed):
+        def _time(self, batches: Any, seconds: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
             for images, labels in batches:
                 yield images, labels
                 seconds.append(1 / len(labels))
@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         def read_seconds(self) -> float | None:
             return None if super().read_seconds() is None else 3 / 32
 
-    monkeypatch.setattr(dryruns, "_Watched", Clocked)
+    monkeypatch.setattr(dryruns, "_Timed", Clocked)
 
 
 @pytest.mark.usefixtures("clock")
@@ -50,7 +50,7 @@ def test_the_estimate_by_hand() -> None:
 
 
 def network() -> torch.nn.Module:
-    return build(Config(**TINY), load_data("digits"))
+    return Config(**TINY).build(load_data("digits"))
 
 
 @pytest.mark.usefixtures("clock")

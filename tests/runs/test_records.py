@@ -97,6 +97,17 @@ def test_the_table_has_a_row_for_each_row(tmp_path: Path) -> None:
     assert table[table["status"] == "diverged"]["top1"].isna().all()
 
 
+def test_the_default_folder_is_that_of_the_book_in_a_checkout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    assert records.checkout() == root
+    assert records.default_folder() == root / "book" / "records"
+    monkeypatch.setattr(records, "__file__", "/lib/site-packages/swdlib/runs/records.py")
+    assert records.checkout() is None
+    assert records.default_folder() == Path("records")
+
+
 def test_an_empty_folder_is_an_empty_table(tmp_path: Path) -> None:
     assert load_records(tmp_path).empty
 
@@ -120,11 +131,12 @@ def test_the_committed_records_are_sound() -> None:
             found.config["data_root"] is None or not Path(found.config["data_root"]).is_absolute()
         )
         assert found.provenance["dataset"]["fingerprint"]
+        assert list(found.provenance["code"]) == ["version", "commit", "clean"]
         assert found.status in ("finished", "diverged")
 
 
 def test_the_figures_of_the_readme_are_on_record() -> None:
-    """Each number of its tables is a mean over the seeds, of the trained or the recalibrated network."""
+    """Each number of its tables is a mean over the seeds, trained or recalibrated."""
     root = Path(__file__).resolve().parents[2]
     found = defaultdict(list)
     for path in (root / "book" / "records" / "laptop").glob("*.json"):

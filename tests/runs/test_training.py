@@ -347,7 +347,7 @@ def test_a_layout_that_would_be_miscomputed_is_not_used(monkeypatch: pytest.Monk
 
 
 def test_a_compiled_run_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What torch.compile generates is torch's to test, and takes a minute; how it is joined is ours.
+    # What torch.compile generates is torch's to test, and takes a minute; its call is ours.
     given: list[nn.Module] = []
     original = torch.compile
 
@@ -363,16 +363,6 @@ def test_a_compiled_run_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) 
     assert given == [compiled]
     assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-
-
-@pytest.mark.parametrize("compiles", [False, True])
-def test_a_penalty_that_can_be_compiled_is(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    compiled: list[SelectiveWeightDecay] = []
-    monkeypatch.setattr(SelectiveWeightDecay, "compile", lambda penalty: compiled.append(penalty))
-    phases = [*swd_phases(1), *soft(1, Constant(0.01), 0.5, weights)]  # the second has none
-    run_quietly(perceptron(), toy_data(), phases, compile=compiles)
-    assert len(compiled) == compiles
 
 
 def test_a_tracker_gets_the_numbers_of_each_row_and_changes_nothing(tmp_path: Path) -> None:
@@ -426,8 +416,8 @@ def test_a_run_whose_last_step_loses_a_weight_says_so() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("batch_size", 0, "batch_size must be at least 1, not 0"),
-        ("accumulate", 0, "accumulate must be at least 1, not 0"),
+        ("batch_size", 0, "batch_size must be a whole number of at least 1, not 0"),
+        ("accumulate", 0, "accumulate must be a whole number of at least 1, not 0"),
         ("precision", "fp8", "precision must be one of"),
         ("clip", -1.0, "clip is a gradient norm above 0, or None, not -1.0"),
     ],
@@ -437,9 +427,29 @@ def test_impossible_options_are_refused(option: str, value: Any, message: str) -
         Options(**{option: value})
 
 
-def test_unknown_options_are_refused() -> None:
-    with pytest.raises(TypeError, match="epochs"):
-        train(perceptron(), toy_data(), swd_phases(), epochs=3)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "lr",
+            r"train has no option 'lr' \(the phases set lr\); the options are optimizer, loss, ",
+        ),
+        ("epochs", r"no option 'epochs' \(the phases set epochs\)"),
+        ("batchsize", r"no option 'batchsize' \(did you mean batch_size\?\); the options are "),
+        ("momentum", r"no option 'momentum'; the options are optimizer, .*, progress, log_to$"),
+    ],
+)
+def test_unknown_options_are_refused(option: str, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        train(perceptron(), toy_data(), swd_phases(), **{option: 3})
+
+
+@pytest.mark.parametrize("data", [None, [], torch.zeros(2, 1, 4, 4)])
+def test_data_that_is_no_dataset_is_refused(data: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"data must be a dataset such as load_data .*device, steps"
+    ):
+        train(perceptron(), data, swd_phases())
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:
