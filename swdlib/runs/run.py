@@ -75,7 +75,7 @@ def run(
         options["log_to"] = Tracker(config.tracker, trackers, path.stem, config.settings())
     record = _train(config, model, data, options)
     if is_main_process():
-        _save(model, path.with_suffix(".safetensors"))
+        _save(model, path.with_suffix(".safetensors.zlib"))
         records.save(record, folder)
         checkpoint.unlink(missing_ok=True)
     return record
