@@ -1,37 +1,26 @@
-"""Deployment: what pruning gains once training is over, measured side by side."""
+"""Reports: what pruning gains once training is over, measured side by side; sparse kernels."""
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
+from swdlib.deploy import stored
 from swdlib.deploy.shrinking import shrink
-from swdlib.deploy.stored import (
-    INSTALL,
-    PACKAGES,
-    check_example,
-    in_onnxruntime,
-    load_sparse,
-    missing,
-    save_sparse,
-    to_onnx,
-)
 from swdlib.masks import Masks, apply_
 from swdlib.metrics import bytes_on_disk, count_macs, in_eval, latencies, parameters
 
 if TYPE_CHECKING:
     import pandas as pd
-import warnings
-
-from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
-
-__all__ = ["Report", "load_sparse", "report", "save_sparse", "shrink", "sparse_linears", "to_onnx"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +29,8 @@ class Report:
 
     `table` has a row for each network and the columns `parameters`; `macs`, multiply-accumulates
     for one image; `bytes` on disk; `latency_ms`, milliseconds for one image; `images_per_s`, the
-    throughput at the example's batch size; `difference`, the largest of the outputs from those of
-    the masked network.
+    throughput at the example's batch size; `difference`, the largest difference between its outputs
+    and those of the masked network.
     """
 
     table: "pd.DataFrame"
@@ -67,21 +56,26 @@ def report(model: nn.Module, masks: Masks, example: Tensor, *, rounds: int = 5) 
     """Measure a network dense, masked, shrunk, shrunk in onnxruntime, and with sparse kernels.
 
     `example` is a batch, shape (N, ...), on the model's device. The networks are timed in turn in
-    the same rounds, on as many threads as torch uses, and the median counts. Left out are
-    onnxruntime where it is missing or the example is not float32 on the CPU, and sparse kernels
-    where no layer can use them (see `sparse_linears`). The model is not changed.
+    the same rounds, on as many threads as torch uses; the median counts. onnxruntime is left out
+    where it is missing or the example is not float32 on the CPU, sparse kernels where no layer can
+    use them (see `sparse_linears`). The model is not changed. ImportError if pandas is missing.
     """
-    import pandas as pd  # here, as it takes long to import
+    try:
+        import pandas as pd  # here, as it takes long to import
+    except ImportError as error:
+        raise ImportError("deploy.report needs pandas: pip install 'swdlib[deploy]'") from error
 
-    check_example(example)
+    stored.check_example(example)
+    one = example[:1]
     with in_eval(model):
-        _require_tensor(model(example[:1]))
+        if not isinstance(output := model(one), Tensor):
+            raise TypeError(f"the model must return one tensor, not {type(output).__name__}")
         shrunk = shrink(model, masks, example).eval()
-        networks = _networks(model, masks, shrunk, example[:1])
+        networks = _networks(model, masks, shrunk, one)
         outputs = {name: network.run(example).float() for name, network in networks.items()}
         single, batch = (
             latencies({name: partial(n.run, x) for name, n in networks.items()}, rounds=rounds)
-            for x in (example[:1], example)
+            for x in (one, example)
         )
     rows = {
         name: {
@@ -95,119 +89,90 @@ def report(model: nn.Module, masks: Masks, example: Tensor, *, rounds: int = 5) 
         for name, network in networks.items()
     }
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return Report(table, _explain(table, masks, shrunk, example))
+    threads, device = torch.get_num_threads(), example.device.type
+    of_threads = f", {threads} thread{'s'[: threads > 1]}" if device == "cpu" else ""
+    how = f"Measured on {device}{of_threads}; throughput at batch size {len(example)}."
+    sentences = [how, *_about_shrinking(table, shrunk), *_about_sparse_kernels(table, masks)]
+    if "onnxruntime" not in table.index:
+        needs = f"it takes float32 on a CPU, and {stored.INSTALL_ONNX}"
+        sentences.append(f"onnxruntime is left out: {needs}.")
+    return Report(table, "\n".join(sentences))
 
 
 def _networks(
     model: nn.Module, masks: Masks, shrunk: nn.Module, one: Tensor
 ) -> dict[str, _Network]:
+    def dense_bytes(network: nn.Module) -> int:
+        return len(safetensors.torch.save(stored.tensors_of_state(network)))
+
     masked = copy.deepcopy(model).eval()
     apply_(masked, masks)
     macs, kept = count_macs(model, one), parameters(model, masks)
     smaller = parameters(shrunk), count_macs(shrunk, one)
-    file = bytes_on_disk(lambda path: save_sparse(masked, masks, path))
+    file = bytes_on_disk(lambda path: stored.save_sparse(masked, masks, path))
     networks = {
-        "dense": _Network(model, parameters(model), macs, _dense_bytes(model)),
+        "dense": _Network(model, parameters(model), macs, dense_bytes(model)),
         "masked": _Network(masked, kept, macs, file),
-        "shrunk": _Network(shrunk, *smaller, _dense_bytes(shrunk)),
+        "shrunk": _Network(shrunk, *smaller, dense_bytes(shrunk)),
     }
-    if _fits_onnxruntime(one):
+    fits_onnxruntime = one.device.type == "cpu" and one.dtype == torch.float32
+    if fits_onnxruntime and not stored.missing("onnx", "onnxscript", "onnxruntime"):
         with TemporaryDirectory() as folder:
             path = Path(folder, "shrunk.onnx")
-            to_onnx(shrunk, one, path)
-            run, size = in_onnxruntime(path), path.stat().st_size
+            stored.to_onnx(shrunk, one, path)
+            run, size = stored.in_onnxruntime(path), path.stat().st_size
         networks["onnxruntime"] = _Network(run, *smaller, size)
     sparse = sparse_linears(model, masks)
-    if sparse_layers(sparse):
-        done = macs - macs_left_out(sparse, one)
-        networks["sparse kernels"] = _Network(sparse, kept, done, file)
+    if skipped := macs_skipped(sparse, one):
+        networks["sparse kernels"] = _Network(sparse, kept, macs - skipped, file)
     return networks
 
 
-def _dense_bytes(model: nn.Module) -> int:
-    return bytes_on_disk(lambda path: save_sparse(model, {}, path))
-
-
-def _fits_onnxruntime(example: Tensor) -> bool:
-    on_cpu = example.device.type == "cpu" and example.dtype == torch.float32
-    return on_cpu and not missing(*PACKAGES)
-
-
-def _require_tensor(output: object) -> None:
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the model must return one tensor, not {type(output).__name__}")
-
-
-def _explain(table: "pd.DataFrame", masks: Masks, shrunk: nn.Module, example: Tensor) -> str:
-    """How it was measured, and what cannot be faster and why: a sentence a line."""
-    device, threads = example.device.type, torch.get_num_threads()
-    of_threads = f", {threads} thread{'s'[: threads > 1]}" if device == "cpu" else ""
-    sentences = [
-        f"Measured on {device}{of_threads}; throughput at batch size {len(example)}.",
-        _about_shrinking(table),
-        _about_zeros(shrunk),
-        _about_sparse_kernels(table),
-        _about_two_of_four(table, masks),
-    ]
-    if "onnxruntime" not in table.index:
-        sentences.append(f"onnxruntime is left out: it takes float32 on a CPU, and {INSTALL}.")
-    return "\n".join(filter(None, sentences))
-
-
-def _about_shrinking(table: "pd.DataFrame") -> str:
+def _about_shrinking(table: "pd.DataFrame", network: nn.Module) -> Iterator[str]:
     dense, shrunk = table.loc["dense"], table.loc["shrunk"]
     if shrunk["parameters"] == dense["parameters"]:
-        return (
+        yield (
             "Nothing can be taken out: the masks empty no whole filter, channel or head, so that "
             "the shrunk network has the shapes, and the speed, of the dense one."
         )
-    return (
-        f"Shrinking leaves {shrunk['parameters'] / dense['parameters']:.1%} of the parameters and "
-        f"{shrunk['macs'] / dense['macs']:.1%} of the multiply-accumulates, and gives "
-        f"{shrunk['images_per_s'] / dense['images_per_s']:.2f} times the throughput of the dense "
-        "network."
-    )
-
-
-def _about_zeros(shrunk: nn.Module) -> str:
-    weights = [p for p in shrunk.parameters() if p.ndim > 1]
-    zeros = sum(int((p == 0).sum()) for p in weights)
-    if not zeros:
-        return ""
-    return (
-        f"{zeros / sum(p.numel() for p in weights):.1%} of the weights in the shrunk network are "
-        "zero and cannot make it faster: dense kernels multiply zeros like any other number. Only "
-        "the sparse file is smaller for them."
-    )
-
-
-def _about_sparse_kernels(table: "pd.DataFrame") -> str:
-    if "sparse kernels" not in table.index:
-        return (
-            "No layer can use torch's sparse kernels: they are for linear layers of which nearly "
-            "all weights are removed, and there are none for convolutions."
+    else:
+        yield (
+            f"Shrinking leaves {shrunk['parameters'] / dense['parameters']:.1%} of the parameters "
+            f"and {shrunk['macs'] / dense['macs']:.1%} of the multiply-accumulates, and gives "
+            f"{shrunk['images_per_s'] / dense['images_per_s']:.2f} times the throughput of the "
+            "dense network."
         )
-    sparse, masked = table.loc["sparse kernels"], table.loc["masked"]
-    return (
-        "torch's sparse kernels, in linear layers only, leave out "
-        f"{1 - sparse['macs'] / masked['macs']:.1%} of the masked network's multiply-accumulates: "
-        f"{sparse['latency_ms'] / masked['latency_ms']:.2f} times its latency, "
-        f"{sparse['images_per_s'] / masked['images_per_s']:.2f} times its throughput. A weight "
-        "whose position must be read costs far more than one in a dense row, so that they gain "
-        "only where nearly all are removed, and less in large batches."
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    if zeros := sum(int((p == 0).sum()) for p in weights):
+        yield (
+            f"{zeros / sum(p.numel() for p in weights):.1%} of the weights in the shrunk network "
+            "are zero and cannot make it faster: dense kernels multiply zeros like any other "
+            "number. Only the sparse file is smaller for them."
+        )
+
+
+def _about_sparse_kernels(table: "pd.DataFrame", masks: Masks) -> Iterator[str]:
+    if "sparse kernels" in table.index:
+        sparse, masked = table.loc["sparse kernels"], table.loc["masked"]
+        yield (
+            "torch's sparse kernels, in linear layers only, leave out "
+            f"{1 - sparse['macs'] / masked['macs']:.1%} of the masked network's "
+            f"multiply-accumulates: {sparse['latency_ms'] / masked['latency_ms']:.2f} times its "
+            f"latency, {sparse['images_per_s'] / masked['images_per_s']:.2f} times its "
+            "throughput. A weight whose position must be read costs far more than one in a dense "
+            "row, so they gain only where nearly all weights are removed, and less in large "
+            "batches."
+        )
+        return
+    yield (
+        "No layer can use torch's sparse kernels: they are for linear layers of which nearly all "
+        "weights are removed, and there are none for convolutions."
     )
-
-
-def _about_two_of_four(table: "pd.DataFrame", masks: Masks) -> str:
-    if "sparse kernels" in table.index or not any(map(is_two_of_four, masks.values())):
-        return ""
-    return (
-        "2:4 sparsity is faster only in linear layers on a CUDA GPU of compute capability 8.0 or "
-        "newer, in float16 or bfloat16."
-    )
-
-
-# sparse_kernels --------------------------------------------------------------------------------
+    if any(map(is_two_of_four, masks.values())):
+        yield (
+            "2:4 sparsity is faster only in linear layers on a CUDA GPU of compute capability 8.0 "
+            "or newer, in float16 or bfloat16."
+        )
 
 
 @torch.no_grad()
@@ -233,14 +198,21 @@ def sparse_linears(model: nn.Module, masks: Masks, sparsity: float = 0.9) -> nn.
 
 def _sparse(weight: Tensor, mask: Tensor, sparsity: float) -> Tensor:
     """The weight in the layout of the kernel that suits it; as it is if none does."""
-    kept = int(mask.sum())
+    fits_two_of_four = (
+        weight.is_cuda
+        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        and weight.dtype in (torch.float16, torch.bfloat16)
+        and not (weight.shape[0] % 32 or weight.shape[1] % 64)
+    )
+    has_csr = weight.is_cuda or (weight.device.type == "cpu" and torch.backends.mkl.is_available())
+    fits_csr = has_csr and weight.dtype in (torch.float32, torch.float64)
     with warnings.catch_warnings():
         # torch says, once in a process, that its sparse tensors may still change.
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemi", UserWarning)
-        if _fits_two_of_four(weight) and is_two_of_four(mask):
+        if fits_two_of_four and is_two_of_four(mask):
             return to_sparse_semi_structured(weight)
-        if _fits_rows(weight) and mask.numel() - kept >= sparsity * mask.numel():
+        if fits_csr and int((~mask).sum()) >= sparsity * mask.numel():
             return weight.to_sparse_csr()
     return weight
 
@@ -252,44 +224,23 @@ def is_two_of_four(mask: Tensor) -> bool:
     return bool((mask.movedim(1, -1).reshape(-1, 4).sum(1) <= 2).all())
 
 
-def _fits_two_of_four(weight: Tensor) -> bool:
-    return (
-        weight.is_cuda
-        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-        and weight.dtype in (torch.float16, torch.bfloat16)
-        and not (weight.shape[0] % 32 or weight.shape[1] % 64)
-    )
-
-
-def _fits_rows(weight: Tensor) -> bool:
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkl.is_available()
-    return (weight.is_cuda or on_cpu) and weight.dtype in (torch.float32, torch.float64)
-
-
-def sparse_layers(model: nn.Module) -> list[nn.Linear]:
-    """The layers of a network of `sparse_linears` that use a sparse kernel."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear) and _left_out(m.weight)]
-
-
 @torch.no_grad()
-def macs_left_out(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates that sparse kernels do not do in one pass of `example`."""
-    left_out = 0
+def macs_skipped(model: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates that sparse kernels skip in one pass of `example`."""
+    skipped = 0
 
     def add(layer: nn.Module, _: object, output: Tensor) -> None:
-        nonlocal left_out
+        nonlocal skipped
         assert isinstance(layer, nn.Linear)
-        left_out += _left_out(layer.weight) * (output.numel() // layer.out_features)
+        unread, weight = 0, layer.weight
+        if isinstance(weight, SparseSemiStructuredTensor):
+            unread = weight.numel() // 2
+        elif weight.layout == torch.sparse_csr:
+            unread = weight.numel() - weight._nnz()
+        skipped += unread * (output.numel() // layer.out_features)
 
-    hooks = [layer.register_forward_hook(add) for layer in sparse_layers(model)]
+    hooks = [m.register_forward_hook(add) for m in model.modules() if type(m) is nn.Linear]
     model(example)
     for hook in hooks:
         hook.remove()
-    return left_out
-
-
-def _left_out(weight: Tensor) -> int:
-    """How many weights a layer's kernel does not read."""
-    if isinstance(weight, SparseSemiStructuredTensor):
-        return weight.numel() // 2
-    return weight.numel() - weight._nnz() if weight.layout == torch.sparse_csr else 0
+    return skipped

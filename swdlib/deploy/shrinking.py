@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -15,57 +16,56 @@ from swdlib.channels import Found, find_attentions, tensors_of, trace_units
 from swdlib.masks import Masks, apply_
 from swdlib.metrics import in_eval
 
-TOLERANCE = 1e-4  # of the largest output; in half precision four of its roundings
-LEAST = 1e-2  # what an output counts as at least: of smaller ones rounding may be a larger share
+# How far the outputs of both networks may differ, relative to the largest; four roundings in half
+# precision. Outputs below LEAST count as that, since rounding may be a larger share of them.
+TOLERANCE = 1e-4
+LEAST = 1e-2
+
+REMEDY = (
+    "leave the layers concerned out of the masks, or rewrite what depends on their channels, such "
+    "as a mean over channels or their number"
+)
+
+# (parameter, dim) -> a bool tensor, True for each slice that stays.
+Kept = dict[tuple[str, int], Tensor]
 
 
 def shrink(model: nn.Module, masks: Masks, example: Tensor) -> nn.Module:
     """A smaller copy of `model`, without the channels and heads that nothing reads once masked.
 
-    `example` is an input of the model. Any masks will do: of filters, or of single weights, of
-    which enough must be gone. The outputs in evaluation mode are those of the masked model, which
-    is checked on `example`, or on noise of its shape where it is constant. A layer keeps at least
-    one channel. Raises Untraceable for a model that cannot be followed, and ValueError if the
-    smaller one would compute something else.
+    `example` is an input of the model. Any masks will do: of filters, or of single weights if they
+    empty whole channels. The outputs in evaluation mode are those of the masked model, which is
+    checked on `example`, or on noise of its shape if it is constant. A layer keeps at least one
+    channel. Raises Untraceable for a model whose channels cannot be followed, and ValueError if
+    the smaller one would compute something else.
     """
     masked = copy.deepcopy(model)
     apply_(masked, masks)
     layers = [*trace_units(masked, example), *find_attentions(masked)]
-    kept = _kept(masked, layers)
     small = copy.deepcopy(masked)
-    _cut(small, kept)
+    _cut(small, _find_kept(masked, layers))
     _require_equal(small, masked, example)
     return small
 
 
-def _kept(model: nn.Module, layers: list[Found]) -> dict[tuple[str, int], Tensor]:
-    """(parameter, dim) -> a bool tensor, True for each slice that stays."""
-    kept: dict[tuple[str, int], Tensor] = {}
-    for layer in layers:
-        for part in layer.parts:
-            whole = torch.ones(len(part.units), dtype=torch.bool)
-            kept.setdefault((part.name, part.dim), whole)
-    parameters = dict(model.named_parameters())
-    readers = {(p.name, p.dim) for layer in layers for p in layer.parts if p.role == "input"}
-    unread = {name: _unread(parameters[name], dim) for name, dim in readers}
-    settled = False
-    while not settled:  # what goes no longer reads: further channels may lose their last reader
-        dropped = [_drop(layer, kept, unread) for layer in layers]  # each has its turn
-        settled = not any(dropped)
+def _find_kept(model: nn.Module, layers: list[Found]) -> Kept:
+    parts = [part for layer in layers for part in layer.parts]
+    kept: Kept = {(p.name, p.dim): torch.ones(len(p.units), dtype=torch.bool) for p in parts}
+    # Where an output reads nothing of an input, shape (outputs, inputs).
+    unread: dict[str, Tensor] = {}
+    for part in parts:
+        if part.role == "input":
+            weight = model.get_parameter(part.name).detach()
+            zero = (weight.reshape(*weight.shape[:2], -1) == 0).all(2).cpu()
+            unread[part.name] = zero if part.dim == 1 else zero.T
+    # A unit that goes reads nothing any more, so that others may lose their last reader.
+    while sum(_drop(layer, kept, unread) for layer in layers):  # any() would skip layers
+        pass
     return kept
 
 
-def _unread(parameter: Tensor, dim: int) -> Tensor:
-    """Where outputs read nothing of an input, shape (outputs, inputs); `dim` is that of inputs."""
-    matrix = (
-        parameter.detach().flatten(2) if parameter.ndim > 2 else parameter.detach().unsqueeze(2)
-    )
-    zero = (matrix == 0).all(2).cpu()
-    return zero if dim == 1 else zero.T
-
-
-def _drop(layer: Found, kept: dict[tuple[str, int], Tensor], unread: dict[str, Tensor]) -> bool:
-    """Drop the layer's units that nothing reads; whether there was one."""
+def _drop(layer: Found, kept: Kept, unread: dict[str, Tensor]) -> bool:
+    """Drop the layer's units that nothing reads; return whether there was one."""
     read = torch.zeros(layer.count, dtype=torch.bool)
     alive = torch.zeros(layer.count, dtype=torch.bool)
     for part in layer.parts:
@@ -76,86 +76,89 @@ def _drop(layer: Found, kept: dict[tuple[str, int], Tensor], unread: dict[str, T
             zero = unread[part.name] if rows is None else unread[part.name][rows]
             read[part.units[inside & ~zero.all(0)]] = True
     if not (alive & read).any():
-        read[alive.nonzero()[0]] = True  # a layer of nothing cannot run: its first unit stays
+        read[alive.nonzero()[0]] = True  # a layer without units cannot run: its first one stays
     dropped = alive & ~read
     for part in layer.parts:
-        gone = torch.cat([dropped, dropped.new_zeros(1)])[part.units]
+        gone = torch.cat([dropped, dropped.new_zeros(1)])[part.units]  # unit -1 is none: it stays
         kept[part.name, part.dim] = kept[part.name, part.dim] & ~gone
     return bool(dropped.any())
 
 
-def _cut(model: nn.Module, kept: dict[tuple[str, int], Tensor]) -> None:
-    """Cut every parameter down to its kept slices, and the layers with them."""
-    for name, module in list(model.named_modules()):
-        prefix = name + "." if name else ""
-        mine = {
-            (key[len(prefix) :], dim): slices.nonzero().squeeze(1)
-            for (key, dim), slices in kept.items()
-            if key.startswith(prefix) and "." not in key[len(prefix) :]
-        }
-        before = len(module.weight) if isinstance(module, _ConvNd) else 0
-        for (attribute, dim), slices in mine.items():
+def _cut(model: nn.Module, kept: Kept) -> None:
+    """Cut every parameter down to its kept slices, and its layer with it."""
+    of_modules: dict[str, dict[tuple[str, int], Tensor]] = defaultdict(dict)
+    for (name, dim), stays in kept.items():
+        owner, _, attribute = name.rpartition(".")
+        of_modules[owner][attribute, dim] = stays.nonzero().squeeze(1)
+    for owner, cuts in of_modules.items():
+        module = model.get_submodule(owner)
+        outputs_before = len(module.weight) if isinstance(module, _ConvNd) else 0
+        for (attribute, dim), slices in cuts.items():
             _cut_tensor(module, attribute, dim, slices)
-        if isinstance(module, _NormBase) and mine:
+        if isinstance(module, _NormBase):
             for buffer in ("running_mean", "running_var"):
                 if getattr(module, buffer) is not None:
-                    _cut_tensor(module, buffer, 0, mine["weight", 0])
-        if isinstance(module, nn.MultiheadAttention) and mine:
+                    _cut_tensor(module, buffer, 0, cuts["weight", 0])
+        if isinstance(module, nn.MultiheadAttention):
             _replace(model, module)
-        _tell_sizes(module, before)
+        _update_sizes(module, outputs_before)
 
 
 def _cut_tensor(module: nn.Module, name: str, dim: int, slices: Tensor) -> None:
     tensor = getattr(module, name)
-    smaller = tensor.detach().index_select(dim, slices.to(tensor.device))
     channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    smaller = tensor.detach().index_select(dim, slices.to(tensor.device))
     smaller = smaller.clone(memory_format=layout)
     if isinstance(tensor, nn.Parameter):
         smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
     setattr(module, name, smaller)
 
 
-def _tell_sizes(module: nn.Module, outputs_before: int) -> None:
-    """Set the numbers that a layer keeps of its own shape."""
+def _update_sizes(module: nn.Module, outputs_before: int) -> None:
+    """Correct what a layer says of its own shape."""
     if isinstance(module, _ConvTransposeNd) and module.groups == 1:
         module.in_channels, module.out_channels = module.weight.shape[:2]
     elif isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
-        if module.groups > 1:  # whole groups leave
+        if module.groups > 1:  # only whole groups are removed
             module.groups = module.groups * len(module.weight) // outputs_before
         module.out_channels = len(module.weight)
         module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, _NormBase) and module.weight is not None:
+    elif isinstance(module, _NormBase):
         module.num_features = len(module.weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 
 
 def _replace(model: nn.Module, attention: nn.MultiheadAttention) -> None:
-    """Put an Attention where heads were removed, wherever the original stands."""
+    """Put an Attention wherever one that lost heads stands."""
     if len(attention.in_proj_weight) == 3 * attention.embed_dim:
         return
-    left = Attention(attention)
+    smaller = Attention(attention)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is attention:
-                setattr(parent, name, left)
+                setattr(parent, name, smaller)
         if isinstance(parent, nn.TransformerEncoder):
-            parent.use_nested_tensor = False  # these are for its fused path
+            parent.use_nested_tensor = False  # only its fused path takes these
 
 
 @torch.no_grad()
 def _require_equal(small: nn.Module, masked: nn.Module, example: Tensor) -> None:
+    if example.is_floating_point() and example.min() == example.max():
+        # A constant may leave much of a network at zero.
+        noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0))
+        example = noise.to(example)
     plain = [m for m in small.modules() if isinstance(m, _InstanceNorm) and not m.affine]
-    hooks = [module.register_forward_pre_hook(_tell_features) for module in plain]
+    hooks = [module.register_forward_pre_hook(_update_features) for module in plain]
     try:
         with in_eval(small), in_eval(masked):
-            difference, limit = _difference(small, masked, _telling(example))
+            difference, limit = _difference(small, masked, example)
     except Exception as error:  # the network's own code may rely on a size that has changed
         raise ValueError(
-            f"{type(masked).__name__} does not run once its channels are removed: {error}"
+            f"{type(masked).__name__} does not run once its channels are removed: {error}; {REMEDY}"
         ) from error
     finally:
         for hook in hooks:
@@ -163,26 +166,18 @@ def _require_equal(small: nn.Module, masked: nn.Module, example: Tensor) -> None
     if not difference <= limit:
         raise ValueError(
             f"without its masked channels {type(masked).__name__} computes something else: outputs "
-            f"differ by {difference:g}, where {limit:g} would be rounding; it does something to "
-            "channels that its graph does not show"
+            f"differ by {difference:g}, where {limit:g} would be rounding; an operation uses "
+            f"channels in a way that its graph does not show: {REMEDY}"
         )
 
 
-def _tell_features(norm: Any, inputs: tuple[Tensor, ...]) -> None:
-    # An instance norm without parameters is cut nowhere, but warns of a number that is not its own.
+def _update_features(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+    # An instance norm without parameters is not cut, but warns if its number of features is wrong.
     norm.num_features = inputs[0].shape[-norm._get_no_batch_dim()]
 
 
-def _telling(example: Tensor) -> Tensor:
-    """The example; noise instead of a constant one, which may leave much of a network at zero."""
-    if not example.is_floating_point() or example.min() != example.max():
-        return example
-    noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(example)
-
-
 def _difference(small: nn.Module, masked: nn.Module, example: Tensor) -> tuple[float, float]:
-    """The largest difference between the outputs, and what rounding may make of it."""
+    """The largest difference between the outputs, and how large rounding may make it."""
     ours, theirs = (tensors_of(network(example)) for network in (small, masked))
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         raise ValueError("its outputs have other shapes")
@@ -194,14 +189,11 @@ def _difference(small: nn.Module, masked: nn.Module, example: Tensor) -> tuple[f
     return float(torch.tensor([0.0, *differences]).max()), limit  # NaN if there is one
 
 
-# attention --------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
-    """A torch.nn.MultiheadAttention of any number of heads, called like the original.
+    """A torch.nn.MultiheadAttention that has lost heads, called like the original.
 
-    There the width of all heads together has to be that of the input; here it need not be. Built
-    from an attention whose weights are cut already, by whole heads.
+    The original requires its heads together to be as wide as its input. Built from one whose
+    weights are already cut, by whole heads.
     """
 
     _qkv_same_embed_dim = False  # keeps torch.nn.TransformerEncoderLayer off its fused path
@@ -226,10 +218,9 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The attended values and, if wanted, the weights of attention, as the original's.
+        """The attended values and, if asked for, the attention weights, like the original.
 
-        ValueError for an `attn_mask` of another number of heads and, as it is no more than a hint,
-        for `is_causal` without a mask.
+        ValueError for an `attn_mask` of another number of heads, and for `is_causal` without one.
         """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask, which is missing: give it too")
@@ -263,18 +254,16 @@ class Attention(nn.Module):
             if len(attn) != heads.numel():
                 raise ValueError(
                     f"attn_mask has a mask for each of {len(attn)} heads of the batch, but "
-                    f"{heads.numel()} are left (batch size x num_heads): give one of shape "
-                    "(length, keys) for all heads, or leave out those of the removed heads"
+                    f"{heads.numel()} are left (batch size x num_heads): pass one of shape "
+                    "(length, keys) for all heads, or drop those of the removed heads"
                 )
             attn = attn.unflatten(0, heads)
         if padding is not None:
             padding = padding[..., None, None, :]
-        masks = [_additive(mask, q.dtype) for mask in (attn, padding) if mask is not None]
-        return sum(masks[1:], start=masks[0]) if masks else None
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Minus infinity where a bool mask is True; any other mask as it is."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+        total = None
+        for mask in (attn, padding):
+            if mask is not None:
+                if mask.dtype == torch.bool:
+                    mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -math.inf)
+                total = mask if total is None else total + mask
+        return total

@@ -124,7 +124,7 @@ def _zeros(model: nn.Module, masks: Masks) -> Check:
 def _file(model: nn.Module, masks: Masks, dense: nn.Module) -> Check:
     before = bytes_on_disk(lambda path: save_sparse(dense, {}, path))
     with TemporaryDirectory() as folder:
-        path = Path(folder, "pruned.safetensors")
+        path = Path(folder, "pruned.safetensors.zlib")
         save_sparse(model, masks, path)
         after, again = path.stat().st_size, copy.deepcopy(dense)
         load_sparse(again, path)
@@ -133,5 +133,4 @@ def _file(model: nn.Module, masks: Masks, dense: nn.Module) -> Check:
     found = f"{after:,} bytes, {after / before:.0%} of {before:,}; read back bit for bit"
     if not same:
         found = "it reads back as another network"
-    remedy = "remove more weights: where the remaining ones are has to be stored as well"
-    return Check("file", same and after < before, found, remedy)
+    return Check("file", same and after < before, found, "remove more weights")

@@ -189,7 +189,7 @@ def _load(name: str, holdout: float, root: Path | None) -> AnyDataset | None:
 
 def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
     """Load the network that lies beside the record, and measure it again."""
-    path = found.path.with_suffix(".safetensors")
+    path = found.path.with_suffix(".safetensors.zlib")
     if not path.is_file():
         return
     found.figures = "computed again"

@@ -70,7 +70,7 @@ def run(
         if is_main_process():
             weights = {name: p.detach() for name, p in model.named_parameters() if is_prunable(p)}
             masks = {name: is_stored(weight) for name, weight in weights.items()}
-            save_sparse(model, masks, path.with_suffix(".safetensors"))
+            save_sparse(model, masks, path.with_suffix(".safetensors.zlib"))
             records.save(record, folder)
             checkpoint.unlink(missing_ok=True)
         return record

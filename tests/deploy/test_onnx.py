@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swdlib.deploy import stored as onnx_files
 from swdlib.deploy.stored import in_onnxruntime, missing, to_onnx
 from swdlib.models import build_model
 
@@ -82,12 +81,12 @@ def test_missing_packages_are_named_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    line = "pip install onnx onnxscript onnxruntime"
+    line = r"pip install 'swdlib\[onnx\]'"
     with pytest.raises(ImportError, match=f"^ONNX needs onnx and onnxscript: {line}$"):
         to_onnx(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "net.onnx")
     with pytest.raises(ImportError, match=f"^ONNX needs onnxruntime: {line}$"):
         in_onnxruntime(tmp_path / "net.onnx")
-    assert missing(*onnx_files.PACKAGES) == list(onnx_files.PACKAGES)
+    assert missing("onnx", "torch") == ["onnx", "torch"]
 
 
 @pytest.mark.parametrize("example", [torch.zeros(()), torch.zeros(0, 2)])

@@ -183,7 +183,7 @@ def test_the_code_is_named(
 
 
 def test_another_network_beside_the_record_is_found(folder: Path) -> None:
-    path = record_in(folder).with_suffix(".safetensors")
+    path = record_in(folder).with_suffix(".safetensors.zlib")
     config = Config(**json.loads(record_in(folder).read_text("utf-8"))["config"])
     network = config.build(load_data("digits"))
     masks = load_sparse(network, path)
@@ -206,7 +206,7 @@ def test_another_network_beside_the_record_is_found(folder: Path) -> None:
 
 
 def test_without_the_network_figures_are_not_computed_again(folder: Path) -> None:
-    record_in(folder).with_suffix(".safetensors").unlink()
+    record_in(folder).with_suffix(".safetensors.zlib").unlink()
     [found] = audit_all(folder)
     assert (found.figures, found.problems) == ("-", [])
 
@@ -259,7 +259,7 @@ def test_the_command_tells_all_and_fails_if_something_is_wrong(
 def test_the_records_of_the_book_are_sound(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left_out = shutil.ignore_patterns("checkpoints", "*.safetensors")
+    left_out = shutil.ignore_patterns("checkpoints", "*.safetensors.zlib")
     for part in ("laptop", "ablations"):
         shutil.copytree(BOOK / part, tmp_path / "records" / part, ignore=left_out)
     shutil.copy(BOOK / "known.toml", tmp_path / "records")
@@ -286,7 +286,7 @@ def test_a_network_of_the_book_measures_as_its_record_says(
     )
     path = records.path_of(config.settings(), BOOK)
     (tmp_path / "laptop").mkdir()
-    for file in (path, path.with_suffix(".safetensors")):
+    for file in (path, path.with_suffix(".safetensors.zlib")):
         shutil.copy(file, tmp_path / "laptop")
     [found] = audit_all(tmp_path, cifar10_folder)
     assert (found.data, found.figures, found.problems) == (*["computed again"] * 2, [])
