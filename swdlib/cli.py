@@ -37,7 +37,7 @@ SHOWN = [
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and do what it asks; a mistake in it is told without a traceback."""
+    """Carry out a command line; mistakes are reported without a traceback."""
     options = parser().parse_args(arguments)
     try:
         with _terminated_as_interrupted():
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.do not in (_run, _sweep) or getattr(options, "dry_run", False):
             sys.exit("swdlib: stopped")
         but = ", without --again," if getattr(options, "again", False) else ""
-        sys.exit(f"swdlib: stopped; the same command{but} goes on from the last checkpoint")
+        sys.exit(f"swdlib: stopped; the same command{but} resumes from the last checkpoint")
 
 
 @contextmanager
@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="{run,sweep,show,check}")
     one = _command(commands, "run", _run, "train one network, unless it is on record")
     one.add_argument("--again", action="store_true", help="train even if it is on record")
-    one.add_argument("--dry-run", action="store_true", help="two steps, and what all would take")
+    one.add_argument(
+        "--dry-run", action="store_true", help="take two steps and estimate the whole run"
+    )
     _add_settings(one)
     many = _command(commands, "sweep", _sweep, "run a grid file, or every combination of values")
     many.add_argument("grid", nargs="?", metavar="GRID.toml", help="file of settings and lists")
@@ -87,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     _add_settings(many, nargs="+")
     _command(commands, "show", _show, "print the records as a table")
     check = _command(commands, "check", _check, "verify every record", "records", nargs="?")
-    check.add_argument("--data-root", metavar="FOLDER", help="data to compute figures again with")
+    check.add_argument(
+        "--data-root", metavar="FOLDER", help="data on which stored networks are evaluated again"
+    )
     return top
 
 

@@ -79,8 +79,8 @@ def swd(
     that `growth` names (see `growing`). Source: arXiv 2011.10520.
     """
     strength = growing(growth, a_min, a_max, growth_end, lr)
-    penalty = _swd_penalty(sparsity, structure, weight_decay, strength, update)
-    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+    settings = {"strength": strength, "weight_decay": weight_decay, "update": update}
+    return _with_swd(epochs, lr, sparsity, structure, **settings)
 
 
 def swd_constant(
@@ -96,8 +96,8 @@ def swd_constant(
 
     The default is the strength of the published growth half-way through.
     """
-    penalty = _swd_penalty(sparsity, structure, weight_decay, Constant(a), update)
-    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+    settings = {"strength": Constant(a), "weight_decay": weight_decay, "update": update}
+    return _with_swd(epochs, lr, sparsity, structure, **settings)
 
 
 def swd_rising(
@@ -117,8 +117,8 @@ def swd_rising(
     """SWD whose target rises as in `zhu2017` while its strength grows: a variant of this book."""
     target = _rising(sparsity, ramp_begin, ramp_end)
     strength = growing(growth, a_min, a_max, growth_end, lr)
-    penalty = _swd_penalty(target, structure, weight_decay, strength, update)
-    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+    settings = {"strength": strength, "weight_decay": weight_decay, "update": update}
+    return _with_swd(epochs, lr, sparsity, structure, target, **settings)
 
 
 def swd_every(
@@ -134,8 +134,8 @@ def swd_every(
 ) -> list[Phase]:
     """SWD that selects w* only every `every` steps: an ablation of selecting at each one."""
     strength = Exponential(a_min, a_max)
-    penalty = _swd_penalty(sparsity, structure, weight_decay, strength, update, every)
-    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+    settings = {"strength": strength, "weight_decay": weight_decay, "update": update}
+    return _with_swd(epochs, lr, sparsity, structure, every=every, **settings)
 
 
 def swd_finetune(
@@ -298,23 +298,17 @@ def ranked(
     return [changed(phase) for phase in phases] if given else phases
 
 
-def _swd_penalty(
-    sparsity: float | Schedule,
+def _with_swd(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
     structure: Structure,
-    weight_decay: float,
-    strength: Schedule,
-    update: Update,
-    every: int = 1,
-) -> Callable[..., Method]:
-    return partial(
-        SelectiveWeightDecay,
-        sparsity=sparsity,
-        structure=structure,
-        weight_decay=weight_decay,
-        strength=strength,
-        update=update,
-        every=every,
-    )
+    target: Schedule | None = None,
+    **settings: Any,
+) -> list[Phase]:
+    """Train with SWD towards `target`, by default `sparsity` throughout, then cut."""
+    fixed = {"sparsity": target or sparsity, "structure": structure, **settings}
+    return [Train(epochs, lr, partial(SelectiveWeightDecay, **fixed)), Prune(sparsity, structure)]
 
 
 def _cut_and_tune(
