@@ -171,9 +171,9 @@ def test_a_command_that_is_stopped_says_how_to_go_on(
     # A shell's background job ignores Ctrl-C, and so would these tests in one.
     given = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="; the same command goes on from the last checkpoint"):
+    with pytest.raises(SystemExit, match="; the same command resumes from the last checkpoint"):
         cli.main(["run"])
-    with pytest.raises(SystemExit, match=r"command, without --again, goes on from the last"):
+    with pytest.raises(SystemExit, match=r"command, without --again, resumes from the last"):
         cli.main(["run", "--again"])  # which would start from the beginning
     assert signal.getsignal(signal.SIGTERM) == before
     signal.signal(signal.SIGINT, given)
