@@ -11,6 +11,8 @@ import nbformat
 import pytest
 
 from book import build, expected, reruns
+from swdlib import load_data
+from swdlib.runs.run import provenance
 from tests.book.test_book import NOTEBOOKS, code, stored
 
 STORED = json.loads(expected.STORED.read_text("utf-8"))
@@ -126,6 +128,24 @@ def test_runs_on_file_are_kept_until_the_page_or_what_is_asked_changes(
     assert measured(monkeypatch, page, [2], asked={"twice": "value"}) == [2]
     section = json.loads((tmp_path / "found.json").read_text("utf-8"))["small"]
     assert section["runs"] == {"2": {"twice": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("code", "done"),
+    [
+        ({"commit": "0123456789ab", "clean": False}, []),
+        ({"version": "99.0", "commit": "0123456789ab", "clean": True}, [0]),
+    ],
+)
+def test_runs_on_file_are_kept_for_a_version_of_the_library(
+    code: dict[str, Any], done: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = toy(tmp_path)
+    assert measured(monkeypatch, page, [0]) == [0]
+    facts = provenance(load_data("digits"))
+    later = {**facts, "date": "tomorrow", "code": {**facts["code"], **code}}
+    monkeypatch.setattr(expected, "provenance", lambda data: dict(later))
+    assert measured(monkeypatch, page, [0]) == done
 
 
 def test_page_of_which_nothing_is_asked_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
