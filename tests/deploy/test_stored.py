@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from swdlib.criteria import magnitude
-from swdlib.deploy import stored as stored_module
 from swdlib.deploy.stored import MAGIC, is_stored, load_sparse, save_sparse
 from swdlib.masks import Masks, apply_, find_groups, select
 from swdlib.models import build_model
@@ -364,7 +363,7 @@ def test_a_size_too_large_for_the_model_is_refused_before_anything_is_inflated(
     def never() -> None:
         raise AssertionError("it was inflated")
 
-    monkeypatch.setattr(stored_module.zlib, "decompressobj", never)
+    monkeypatch.setattr("swdlib.deploy.stored.zlib.decompressobj", never)
     for size in (2**64 - 1, 10**9, 2000):
         pack(tmp_path / "net", bytes(100), size)
         refuse(tmp_path / "net", f"it says that it holds {size:,} bytes; the model needs ")
