@@ -260,14 +260,9 @@ def kept_weights(
     left = 0.0
     for name, share in shares.items():
         rows, columns = np.shape(share)
-        look: dict[str, Any] = {
-            "cmap": "cividis",
-            "interpolation": "nearest",
-            "vmin": 0,
-            "vmax": 1,
-            "gid": name,
-        }
-        image = ax.imshow(share, extent=(left, left + columns, rows, 0), **look)
+        extent = (left, left + columns, rows, 0)
+        look: dict[str, Any] = {"cmap": "cividis", "interpolation": "nearest", "gid": name}
+        image = ax.imshow(share, extent=extent, vmin=0, vmax=1, **look)
         ax.text(left + columns / 2, -1, name, color=INK, ha="center", va="bottom")
         left += columns + gap
     ax.set_xlim(0, left - gap)
