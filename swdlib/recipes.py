@@ -79,7 +79,11 @@ def swd(
     that `growth` names (see `growing`). Source: arXiv 2011.10520.
     """
     strength = growing(growth, a_min, a_max, growth_end, lr)
-    settings = {"strength": strength, "weight_decay": weight_decay, "update": update}
+    settings: dict[str, Any] = {
+        "strength": strength,
+        "weight_decay": weight_decay,
+        "update": update,
+    }
     return _with_swd(epochs, lr, sparsity, structure, **settings)
 
 
@@ -96,7 +100,11 @@ def swd_constant(
 
     The default is the strength of the published growth half-way through.
     """
-    settings = {"strength": Constant(a), "weight_decay": weight_decay, "update": update}
+    settings: dict[str, Any] = {
+        "strength": Constant(a),
+        "weight_decay": weight_decay,
+        "update": update,
+    }
     return _with_swd(epochs, lr, sparsity, structure, **settings)
 
 
@@ -117,7 +125,11 @@ def swd_rising(
     """SWD whose target rises as in `zhu2017` while its strength grows: a variant of this book."""
     target = _rising(sparsity, ramp_begin, ramp_end)
     strength = growing(growth, a_min, a_max, growth_end, lr)
-    settings = {"strength": strength, "weight_decay": weight_decay, "update": update}
+    settings: dict[str, Any] = {
+        "strength": strength,
+        "weight_decay": weight_decay,
+        "update": update,
+    }
     return _with_swd(epochs, lr, sparsity, structure, target, **settings)
 
 
@@ -134,7 +146,11 @@ def swd_every(
 ) -> list[Phase]:
     """SWD that selects w* only every `every` steps: an ablation of selecting at each one."""
     strength = Exponential(a_min, a_max)
-    settings = {"strength": strength, "weight_decay": weight_decay, "update": update}
+    settings: dict[str, Any] = {
+        "strength": strength,
+        "weight_decay": weight_decay,
+        "update": update,
+    }
     return _with_swd(epochs, lr, sparsity, structure, every=every, **settings)
 
 
