@@ -1,5 +1,6 @@
 """Workers: runs in processes and on Ray; a killed run ends as an uninterrupted one."""
 
+import os
 import signal
 import sys
 import threading
@@ -57,8 +58,9 @@ def process_of(folder: Path, config: Config) -> psutil.Process:
     def search() -> bool:
         if path.with_suffix(".pt").exists():
             for process in psutil.process_iter(["open_files"]):
-                files = process.info["open_files"] or []  # None of processes of other users
-                found.extend(process for file in files if file.path == str(path.resolve()))
+                paths = [file.path for file in process.info["open_files"] or []]  # None: not ours
+                if str(path.resolve()) in paths and process.pid != os.getpid():
+                    found.append(process)
         return bool(found)
 
     wait_for(search)
