@@ -29,24 +29,19 @@ STATISTICS = 100
 
 
 class Data(Protocol):
-    """What the loop needs of a dataset; batches are the same however often they are drawn."""
+    """What training needs of a dataset: the methods of `data.images.Dataset`.
+
+    Batches are the same however often they are drawn.
+    """
 
     @property
     def device(self) -> torch.device: ...
-    def steps(self, batch_size: int, *, world: int = 1) -> int: ...
-    def train_batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def test_batches(
-        self, batch_size: int, *, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+    @property
+    def steps(self) -> Callable[..., int]: ...
+    @property
+    def train_batches(self) -> Callable[..., Iterator[tuple[Tensor, Tensor]]]: ...
+    @property
+    def test_batches(self) -> Callable[..., Iterator[tuple[Tensor, Tensor]]]: ...
 
 
 def evaluate(

@@ -23,43 +23,21 @@ from swdlib.schedules import Cosine, Growth, Piecewise, Schedule, Steps, check_c
 from swdlib.structures import STRUCTURES
 from swdlib.swd import Update
 
-_COMMON = {"weight_decay": 5e-4, "precision": "fp32"}
-_SMALL = {**_COMMON, "lr_schedule": "triangle", "nesterov": True}
-
 # "paper" is the published set-up (arXiv 2011.10520 and the authors' code); the others are smaller.
+_NAMES = ("dataset", "model", "width", "epochs", "finetune_epochs", "batch_size", "lr")
+_SCALES = {
+    "smoke": ("digits", "cnn", 16, 30, 6, 64, 0.2),
+    "laptop": ("cifar10", "resnet20", 8, 10, 2, 128, 0.2),
+    "paper": ("cifar10", "resnet20", 64, 300, 50, 128, 0.1),
+}
 PROFILES: dict[str, dict[str, Any]] = {
-    "smoke": {
-        **_SMALL,
-        "dataset": "digits",
-        "model": "cnn",
-        "width": 16,
-        "epochs": 30,
-        "finetune_epochs": 6,
-        "batch_size": 64,
-        "lr": 0.2,
-    },
-    "laptop": {
-        **_SMALL,
-        "dataset": "cifar10",
-        "model": "resnet20",
-        "width": 8,
-        "epochs": 10,
-        "finetune_epochs": 2,
-        "batch_size": 128,
-        "lr": 0.2,
-    },
-    "paper": {
-        **_COMMON,
-        "dataset": "cifar10",
-        "model": "resnet20",
-        "width": 64,
-        "epochs": 300,
-        "finetune_epochs": 50,
-        "batch_size": 128,
-        "lr": 0.1,
-        "lr_schedule": "steps",
-        "nesterov": False,
-    },
+    name: {
+        **dict(zip(_NAMES, scale, strict=True)),
+        **{"weight_decay": 5e-4, "precision": "fp32"},
+        "lr_schedule": "steps" if name == "paper" else "triangle",
+        "nesterov": name != "paper",
+    }
+    for name, scale in _SCALES.items()
 }
 
 # "paper" on ImageNet. Published are the network, the epochs, the crops and a loss without label

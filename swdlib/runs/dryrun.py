@@ -112,12 +112,8 @@ def _find(config: Config) -> tuple[AnyDataset, str, int, int]:
         reason = str(error).split(":")[0].split(". ")[0]
     else:
         trained, tested = len(data.train), len(data.test)
-        return (
-            data,
-            f"{trained:,} to train and {tested:,} to test, from {data.source}",
-            trained,
-            tested,
-        )
+        found = f"{trained:,} to train and {tested:,} to test, from {data.source}"
+        return data, found, trained, tested
     channels, size, classes, trained, tested = SHAPES[config.dataset]
     if config.holdout:
         tested = round(config.holdout * trained)
@@ -162,9 +158,7 @@ class _Timed:
         each = []
         started = self._now()
         for images, labels in batches:
-            if not isinstance(
-                self.data, Dataset
-            ):  # images in files are read during the step before
+            if not isinstance(self.data, Dataset):  # workers read files during the step before
                 started = self._now()
             yield images, labels
             each.append((self._now() - started) / (len(labels) * self.world))
