@@ -19,10 +19,10 @@ from swdlib.structures import Coupled, Group, Structure
 class GradualPruning(hooks.SelectingMethod):
     """Sets the lowest-scored weights to zero while a network trains (Zhu & Gupta 2017).
 
-    After every `every` steps, and after the last, the masks are chosen anew at the sparsity that
-    the schedule has then. Between, what is masked stays zero (arXiv 1710.01878). With `soft` it
-    trains on and may return (He et al. 2018, arXiv 1808.06866): of a filter only its own weights
-    are then set to zero, as it could not return without its batch norm.
+    After every `every` steps, and after the last, it selects new masks at the sparsity that the
+    schedule has then. In between, masked weights stay zero (arXiv 1710.01878). With `soft` they are
+    trained on and may return (He et al. 2018, arXiv 1808.06866); of a filter, only its own weights
+    are then set to zero, since it could not return without its batch norm.
 
     Arguments are those of `hooks.SelectingMethod`, and `soft`.
     """

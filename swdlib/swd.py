@@ -34,7 +34,7 @@ def penalty(
     """What SWD adds to the loss: a * mu / 2 * ||w*||^2, a 0-d tensor. This is the whole method.
 
     `sparsity` is the fraction that pruning would remove, `strength` the a, `weight_decay` the mu.
-    Source: arXiv 2011.10520, equation 2. Training chooses w* anew, and raises a, at every step.
+    Source: arXiv 2011.10520, equation 2. At every step, training selects w* again and raises a.
     """
     selected = zip(weights, select(weights, sparsity), strict=True)
     squares = [w[is_selected].square().sum() for w, is_selected in selected]

@@ -45,7 +45,7 @@ def _processes(cpu: bool = False) -> Any:
     """accelerate's state of this process and the others of the run."""
     from accelerate.state import PartialState
 
-    # On a machine without a GPU, accelerate groups several processes only if it is told of the CPU.
+    # Without a GPU, accelerate groups several processes only if cpu=True is passed.
     gpus = (torch.cuda, torch.backends.mps, torch.xpu)
     return PartialState(cpu=cpu or not any(gpu.is_available() for gpu in gpus))
 
