@@ -1,6 +1,6 @@
 """Selective weight decay: the weights that pruning would remove decay more and more."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,31 +15,24 @@ from swdlib.schedules import Exponential, Schedule, as_schedule, check_not_negat
 from swdlib.structures import Structure, weights
 
 
-def smallest(weights: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-    """w*: a bool tensor for each of `weights`, True at the smallest magnitudes over all of them."""
-    sizes = torch.cat([w.detach().abs().flatten() for w in weights])
-    is_smallest = torch.zeros_like(sizes, dtype=torch.bool)
-    is_smallest[sizes.argsort(stable=True)[: round(sparsity * len(sizes))]] = True
-    parts = is_smallest.split([w.numel() for w in weights])
-    return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
-
-
 def penalty(
     weights: Sequence[Tensor],
     sparsity: float,
     strength: float,
     weight_decay: float,
-    select: Callable[[Sequence[Tensor], float], Iterable[Tensor]] = smallest,
+    selected: Tensor | None = None,
 ) -> Tensor:
     """What SWD adds to the loss: a * mu / 2 * ||w*||^2, a 0-d tensor. This is the whole method.
 
-    `sparsity` is the fraction that pruning would remove, `strength` the a, `weight_decay` the mu.
-    Source: arXiv 2011.10520, equation 2. At every step, training selects w* again and raises a.
+    w* are the weights that pruning to `sparsity` would remove: over all `weights`, the smallest
+    magnitudes, or what `selected` says, an index of all weights in a row. `strength` is a,
+    `weight_decay` is mu. Training selects w* again, and raises a, at every step.
+    Source: arXiv 2011.10520, equation 2.
     """
-    selected = zip(weights, select(weights, sparsity), strict=True)
-    squares = [w[is_selected].square().sum() for w, is_selected in selected]
-    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum()
-    return 0.5 * strength * weight_decay * norm
+    flat = torch.cat([w.flatten() for w in weights])
+    if selected is None:
+        selected = flat.detach().abs().argsort(stable=True)[: round(sparsity * len(flat))]
+    return 0.5 * strength * weight_decay * flat[selected].square().sum()
 
 
 # The rest of this file makes that penalty fit any training loop, structure and criterion.
@@ -104,8 +97,8 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         for progress in (0.0, 1.0):
             _check_strength(self._strength(progress))
         self._threshold = Threshold()
-        plain = criterion is magnitude and allocation is together and are_single(self.groups)
-        self._is_fast = plain and every == 1
+        single = criterion is magnitude and allocation is together and are_single(self.groups)
+        self._is_fast = single and every == 1
         self._owned: set[int] = set()
 
     @property
@@ -114,14 +107,15 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         return _check_strength(self._strength(self.progress))
 
     def penalty(self) -> Tensor:
-        """The penalty now, through autograd: the function `penalty` with this structure's w*.
+        """The penalty now, through autograd: the function `penalty`, with this structure's w*.
 
         Slow and obvious, it is what the fast path is tested against. A loop that adds it to its
         loss calls `advance()` after each step, in place of `attach(optimizer)`.
         """
-        parameters = [*self.parameters.values()]
-        scale = self.strength, self.weight_decay
-        return penalty(parameters, self.sparsity, *scale, select=lambda *_: self._selected_masks())
+        device = next(iter(self.parameters.values())).device
+        parameters = [parameter.to(device) for parameter in self.parameters.values()]
+        selected = torch.cat([mask.flatten().to(device) for mask in self._selected_masks()])
+        return penalty(parameters, self.sparsity, self.strength, self.weight_decay, selected)
 
     def advance(self) -> None:
         """Count an optimizer step."""

@@ -17,7 +17,7 @@ from swdlib.criteria import magnitude
 from swdlib.masks import ALLOCATIONS, NotFinite, prunable, sparsity_of
 from swdlib.schedules import Constant, Cubic, Exponential, Linear
 from swdlib.structures import STRUCTURES, kernels, weights
-from swdlib.swd import SelectiveWeightDecay, Update, penalty, smallest
+from swdlib.swd import SelectiveWeightDecay, Update, penalty
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": partial(SGD, lr=0.1),
@@ -91,23 +91,24 @@ def assert_same(one: nn.Module, other: nn.Module, rtol: float = 1e-9, atol: floa
 # The method on one screen
 
 
-def test_smallest_by_hand() -> None:
-    weights = [torch.tensor([[0.3, -0.1], [0.1, 2.0]]), torch.tensor([0.1, -5.0])]
-    found = smallest(weights, 0.5)  # 3 of 6; of the three ties at 0.1 all
-    assert [mask.tolist() for mask in found] == [[[False, True], [True, False]], [True, False]]
-    found = smallest(weights, 1 / 3)  # of ties the first are selected
-    assert [mask.tolist() for mask in found] == [[[False, True], [True, False]], [False, False]]
-    assert not any(mask.any() for mask in smallest(weights, 0.0))
-
-
 def test_the_equation_by_hand() -> None:
     weights = [torch.tensor([0.1, -0.4], requires_grad=True), torch.tensor([-0.2, 0.3])]
     found = penalty(weights, sparsity=0.5, strength=4.0, weight_decay=0.5)
     assert found.item() == pytest.approx(4 * 0.5 / 2 * (0.1**2 + 0.2**2))
     found.backward()
     torch.testing.assert_close(weights[0].grad, torch.tensor([4 * 0.5 * 0.1, 0.0]))
-    chosen = penalty(weights, 0.5, 4.0, 0.5, select=lambda *_: [torch.tensor([False, True])] * 2)
+    assert penalty(weights, 0.0, 4.0, 0.5).item() == 0.0
+    chosen = penalty(weights, 0.5, 4.0, 0.5, selected=torch.tensor([1, 3]))
     assert chosen.item() == pytest.approx(0.4**2 + 0.3**2)
+
+
+def test_of_ties_the_equation_selects_the_first() -> None:
+    weights = [torch.tensor([[0.3, -0.1], [0.1, 2.0]]), torch.tensor([0.1, -5.0])]
+    for weight in weights:
+        weight.requires_grad_()
+    penalty(weights, 1 / 3, 1.0, 1.0).backward()
+    gradients = [w.grad.tolist() for w in weights if w.grad is not None]
+    assert gradients == [[pytest.approx([0.0, -0.1]), pytest.approx([0.1, 0.0])], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.99])

@@ -336,7 +336,8 @@ class _Loop:
         if other != this:
             raise ValueError(
                 f"{self.options.checkpoint} is the checkpoint of another run, of {other}, "
-                f"and this is {this}; resume with the settings and code that began it, delete it, or choose another file"
+                f"and this is {this}; resume with the settings and the code that began it, "
+                "delete it, or choose another file"
             )
         self.at = _Position(**self.saved["position"])
         self.rows = self.saved["rows"]

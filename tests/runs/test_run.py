@@ -169,7 +169,7 @@ def test_again_starts_from_the_start_and_other_code_does_not_go_on(
         patch.setattr(checkpoints, "save_checkpoint", stop)
         run(config, tmp_path, progress=False)
     monkeypatch.setattr(experiments, "code_digest", lambda: "other")
-    with pytest.raises(ValueError, match=r"checkpoint of another run.* go on as it was begun"):
+    with pytest.raises(ValueError, match=r"checkpoint of another run.* resume with the settings"):
         run(config, tmp_path, progress=False)
     lost = torch.load(next(tmp_path.rglob("*.pt")), weights_only=True)
     lost["model"] = {name: 0 * tensor for name, tensor in lost["model"].items()}
