@@ -230,10 +230,10 @@ def heat_map(table: pd.DataFrame, label: str, ax: Axes | None = None) -> Axes:
     if table.empty:
         return ax
     ax.grid(visible=False)
-    look: dict[str, Any] = {"fmt": ".0f", "cmap": "cividis", "cbar_kws": {"label": label}}
+    look: dict[str, Any] = {"fmt": ".0f", "cmap": "cividis", "gid": label}
     if table.isna().all(axis=None):
         look |= {"vmin": 0, "vmax": 1}  # seaborn finds none
-    sns.heatmap(table, ax=ax, annot=True, gid=label, **look)
+    sns.heatmap(table, ax=ax, annot=True, cbar_kws={"label": label}, **look)
     ax.invert_yaxis()
     ax.tick_params(axis="y", rotation=0)
     for row, column in zip(*np.isnan(table.to_numpy(dtype=float)).nonzero(), strict=True):
