@@ -63,11 +63,15 @@ _EXTRAS = {
 }
 
 
+def missing(extra: str) -> list[str]:
+    """The packages of swdlib[extra] that are not installed."""
+    return [name for name in _EXTRAS[extra] if importlib.util.find_spec(name) is None]
+
+
 def require_extra(user: str, extra: str) -> None:
     """ImportError, with the line that installs them, if packages that `user` needs are missing."""
-    missing = [name for name in _EXTRAS[extra] if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"{user} needs {', '.join(missing)}: pip install 'swdlib[{extra}]'")
+    if absent := missing(extra):
+        raise ImportError(f"{user} needs {', '.join(absent)}: pip install 'swdlib[{extra}]'")
 
 
 def __dir__() -> list[str]:

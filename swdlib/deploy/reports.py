@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
+from swdlib import missing, require_extra
 from swdlib.deploy import stored
 from swdlib.deploy.shrinking import shrink
 from swdlib.masks import Masks, apply_
@@ -60,10 +61,8 @@ def report(model: nn.Module, masks: Masks, example: Tensor, *, rounds: int = 5) 
     where it is missing or the example is not float32 on the CPU, sparse kernels where no layer can
     use them (see `sparse_linears`). The model is not changed. ImportError if pandas is missing.
     """
-    try:
-        import pandas as pd  # here, as it takes long to import
-    except ImportError as error:
-        raise ImportError("deploy.report needs pandas: pip install 'swdlib[deploy]'") from error
+    require_extra("deploy.report", "deploy")
+    import pandas as pd  # here, as it takes long to import
 
     stored.check_example(example)
     one = example[:1]
@@ -94,7 +93,7 @@ def report(model: nn.Module, masks: Masks, example: Tensor, *, rounds: int = 5) 
     how = f"Measured on {device}{of_threads}; throughput at batch size {len(example)}."
     sentences = [how, *_about_shrinking(table, shrunk), *_about_sparse_kernels(table, masks)]
     if "onnxruntime" not in table.index:
-        needs = f"it takes float32 on a CPU, and {stored.INSTALL_ONNX}"
+        needs = "it takes float32 on a CPU, and pip install 'swdlib[onnx]'"
         sentences.append(f"onnxruntime is left out: {needs}.")
     return Report(table, "\n".join(sentences))
 
@@ -116,7 +115,7 @@ def _networks(
         "shrunk": _Network(shrunk, *smaller, dense_bytes(shrunk)),
     }
     fits_onnxruntime = one.device.type == "cpu" and one.dtype == torch.float32
-    if fits_onnxruntime and not stored.missing("onnx", "onnxscript", "onnxruntime"):
+    if fits_onnxruntime and not missing("onnx"):
         with TemporaryDirectory() as folder:
             path = Path(folder, "shrunk.onnx")
             stored.to_onnx(shrunk, one, path)

@@ -10,7 +10,6 @@ JSON, the parameters whose mask removes each +0.0 and nothing else. Any other ma
 called ".mask." and the parameter's name.
 """
 
-import importlib.util
 import json
 import logging
 import zlib
@@ -21,13 +20,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from swdlib import require_extra
 from swdlib.files import write_whole
 from swdlib.masks import Masks, check_mask
 from swdlib.metrics import in_eval
 
 MAGIC = b"swdlib.sparse 2\n"
 MASK = ".mask."  # no module has an empty name, so that no name of a state_dict starts with a dot
-INSTALL_ONNX = "pip install 'swdlib[onnx]'"
 
 
 @torch.no_grad()
@@ -170,7 +169,7 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     It is written whole or not at all, and the model keeps its mode. ValueError if torch's exporter
     cannot follow the model; ImportError, with the line that installs them, if packages are missing.
     """
-    _require("onnx", "onnxscript")
+    require_extra("deploy.to_onnx", "onnx")
     check_example(example)
     pair = torch.cat([example[:1], example[:1]])  # the exporter takes a batch size of 1 as fixed
     logger = logging.getLogger("onnxscript.optimizer")
@@ -204,7 +203,7 @@ def in_onnxruntime(path: str | Path) -> Callable[[Tensor], Tensor]:
 
     ImportError, with the line that installs it, if onnxruntime is missing.
     """
-    _require("onnxruntime")
+    require_extra("deploy.in_onnxruntime", "onnx")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -218,16 +217,6 @@ def in_onnxruntime(path: str | Path) -> Callable[[Tensor], Tensor]:
         return torch.from_numpy(output)
 
     return run
-
-
-def missing(*packages: str) -> list[str]:
-    """Those of the packages that are not installed."""
-    return [name for name in packages if importlib.util.find_spec(name) is None]
-
-
-def _require(*packages: str) -> None:
-    if absent := missing(*packages):
-        raise ImportError(f"ONNX needs {' and '.join(absent)}: {INSTALL_ONNX}")
 
 
 def check_example(example: Tensor) -> None:

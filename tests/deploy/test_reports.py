@@ -1,7 +1,6 @@
 """Deployment: every network of a report computes the same, and the text says what stays slow."""
 
 import importlib.util
-import sys
 from typing import Any
 
 import pandas as pd
@@ -110,7 +109,11 @@ def test_networks_that_are_harder_to_follow_give_equal_outputs() -> None:
 
 
 def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    hidden = ("onnx", "onnxscript", "onnxruntime")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in hidden else find(name)
+    )
 
 
 def test_scattered_zeros_make_nothing_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +136,10 @@ def test_what_is_left_out_for_want_of_packages_is_said(monkeypatch: pytest.Monke
 
 
 def test_a_report_without_pandas_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pandas", None)  # as if it were not installed
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pandas" else find(name)
+    )
     with pytest.raises(ImportError, match=r"^deploy\.report needs pandas: pip install 'swdlib\["):
         report(nn.Linear(2, 2), {}, torch.zeros(1, 2))
 
