@@ -267,7 +267,9 @@ def committed(folder: Path) -> list[Path]:
 def shell(config: dict[str, Any]) -> str:
     """Return the command that runs a configuration."""
     chosen = {name: config[name] for name in ("profile", "recipe")}
-    plain = Config(**chosen).settings()
+    # Network slimming has no default structure: its units need batch-norm scales.
+    plain = Config(**chosen, structure=config["structure"] or "weights").settings()
+    plain["structure"] = "weights"
     changed = {
         name: value
         for name, value in config.items()
