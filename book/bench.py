@@ -41,7 +41,7 @@ from swdlib.masks import removed_weights, select_units
 from swdlib.metrics import evaluate
 from swdlib.models import build_model
 from swdlib.recipes import Train
-from swdlib.runs.run import code_digest
+from swdlib.runs.run import code
 from swdlib.runs.training import sgd, train
 from swdlib.schedules import Constant
 from swdlib.structures import filters
@@ -415,7 +415,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "code": code_digest(),
+        "code": code(),
         "machine": {"system": f"{platform.system()} {platform.machine()}", "cpu": processor()},
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],

@@ -130,11 +130,10 @@ class SelectingMethod(Method):
         allocation: Allocation = together,
     ) -> None:
         super().__init__(model)
-        for name, value in {"criterion": criterion, "allocation": allocation}.items():
-            if not callable(value):
-                raise TypeError(
-                    f"{name} must be a function, such as {name}'s default, not {value!r}"
-                )
+        if not callable(criterion):
+            raise TypeError(f"criterion must be a function of swdlib.criteria, not {criterion!r}")
+        if not callable(allocation):
+            raise TypeError(f"allocation must be a function of swdlib.masks, not {allocation!r}")
         self.groups = find_groups(model, structure)
         self.parameters = parameters_of(self.groups)
         self.prunable = sum(parameter.numel() for parameter in self.parameters.values())
