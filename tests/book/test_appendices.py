@@ -199,7 +199,12 @@ def test_table_tells_type_default_allowed_values_and_meaning(run: reruns.Run) ->
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("epochs", "a whole number of at least 1"), ("a_max", "above 0"), ("data_root", "–"), ("images", "–")],
+    [
+        ("epochs", "a whole number of at least 1"),
+        ("a_max", "above 0"),
+        ("data_root", "–"),
+        ("images", "–"),
+    ],
 )
 def test_allowed_values_are_those_that_the_library_takes(name: str, said: str) -> None:
     assert reruns.allowed(name) == said
