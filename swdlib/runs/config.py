@@ -23,7 +23,8 @@ from swdlib.schedules import Cosine, Growth, Piecewise, Schedule, Steps, check_c
 from swdlib.structures import STRUCTURES
 from swdlib.swd import Update
 
-# "paper" is the published set-up (arXiv 2011.10520 and the authors' code); the others are smaller.
+# "paper" has the published epochs, batch size and learning rates (arXiv 2011.10520 and the authors'
+# code), but not the authors' network; the others are smaller.
 _NAMES = ("dataset", "model", "width", "epochs", "finetune_epochs", "batch_size", "lr")
 _SCALES = {
     "smoke": ("digits", "cnn", 16, 30, 6, 64, 0.2),
