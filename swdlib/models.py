@@ -58,10 +58,11 @@ def cnn(*, channels: int, size: int, classes: int, width: int = 16) -> nn.Module
 
 
 def resnet(*, depth: int, channels: int, size: int, classes: int, width: int = 16) -> nn.Module:
-    """The ResNet for CIFAR of He et al. (2016, arXiv 1512.03385, section 4.2); images of any size.
+    """The ResNet for CIFAR of He et al. (2016, arXiv 1512.03385), with two differences.
 
-    `depth` is 6n + 2 layers: a stem, three stages of n blocks, a linear layer. `width` is the
-    number of maps of the first stage: 16 in that paper, 64 in that of Selective Weight Decay.
+    Its convolutions have biases before batch norm, and its shortcuts are convolutions where the
+    shape changes. `depth` is 6n + 2 layers: a stem, three stages of n blocks, a linear layer.
+    `width` is the number of maps of the first stage, 16 in that paper. Images may have any size.
     """
     return _initialise(ResNet((depth - 2) // 6, channels, classes, width))
 
@@ -101,12 +102,76 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(after)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or before != after:
-            project = nn.Conv2d(before, after, kernel_size=1, stride=stride, bias=False)
+            project = _conv(before, after, stride, kernel=1)
             self.shortcut = nn.Sequential(project, nn.BatchNorm2d(after))
 
     def forward(self, maps: Tensor) -> Tensor:
         inside = F.relu(self.bn1(self.conv1(maps)))
         return F.relu(self.bn2(self.conv2(inside)) + self.shortcut(maps))
+
+
+def tessier_resnet(
+    *,
+    blocks: tuple[int, ...],
+    bottleneck: bool = False,
+    channels: int,
+    size: int,
+    classes: int,
+    width: int = 64,
+) -> nn.Module:
+    """The ResNets on which Selective Weight Decay was published, as in its authors' code.
+
+    No convolution has a bias, and every block ends with one more batch norm, after its addition.
+    There is a stage for each number of `blocks`, of `width`, 2 `width` ... maps, each but the first
+    at half the size of the one before; a `bottleneck` block has four times as many outputs. Images
+    of more than 64 pixels, such as ImageNet's, meet a 7x7 stem and max-pooling. The weights are
+    PyTorch's default ones. Source: the code beside arXiv 2011.10520 (HugoTessier-lab/SWD).
+    """
+    stem: list[nn.Module] = [_conv(channels, width), nn.BatchNorm2d(width), nn.ReLU()]
+    if size > 64:
+        stem[0] = nn.Conv2d(channels, width, kernel_size=7, stride=2, padding=3, bias=False)
+        stem.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
+    stages, before = [], width
+    for stage, number in enumerate(blocks):
+        inside, layers = width << stage, nn.Sequential()
+        for block in range(number):
+            stride = 2 if stage and not block else 1
+            layers.append(TessierBlock(before, inside, stride, bottleneck))
+            before = inside * (4 if bottleneck else 1)
+        stages.append(layers)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes)]
+    return nn.Sequential(nn.Sequential(*stem), *stages, *head)
+
+
+class TessierBlock(nn.Module):
+    """Convolutions beside a shortcut, and a batch norm after their addition.
+
+    Two 3x3 convolutions or, in a bottleneck, 1x1 to `inside` maps, 3x3, and 1x1 to four times as
+    many. The shortcut is a 1x1 convolution and its batch norm where the shape changes.
+    """
+
+    def __init__(self, before: int, inside: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        after = inside * (4 if bottleneck else 1)
+        if bottleneck:
+            convs = [_conv(before, inside, 1, kernel=1), _conv(inside, inside, stride)]
+            convs.append(_conv(inside, after, 1, kernel=1))
+        else:
+            convs = [_conv(before, inside, stride), _conv(inside, after)]
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in convs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(
+                _conv(before, after, stride, kernel=1), nn.BatchNorm2d(after)
+            )
+        self.last = nn.BatchNorm2d(after)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        inside = maps
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            inside = norm(conv(F.relu(inside) if i else inside))
+        return F.relu(self.last(inside + self.shortcut(maps)))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -115,6 +180,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": partial(resnet, depth=20),
     "resnet32": partial(resnet, depth=32),
     "resnet56": partial(resnet, depth=56),
+    "tessier_resnet20": partial(tessier_resnet, blocks=(3,) * 3),
+    "tessier_resnet32": partial(tessier_resnet, blocks=(5,) * 3),
+    "tessier_resnet44": partial(tessier_resnet, blocks=(7,) * 3),
+    "tessier_resnet56": partial(tessier_resnet, blocks=(9,) * 3),
+    "tessier_resnet110": partial(tessier_resnet, blocks=(18,) * 3),
+    "tessier_resnet18": partial(tessier_resnet, blocks=(2, 2, 2, 2)),
+    "tessier_resnet34": partial(tessier_resnet, blocks=(3, 4, 6, 3)),
+    "tessier_resnet50": partial(tessier_resnet, blocks=(3, 4, 6, 3), bottleneck=True),
 }
 
 
@@ -123,8 +196,10 @@ def _stage(blocks: int, before: int, after: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(before, after, stride), *rest)
 
 
-def _conv(before: int, after: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
-    return nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1, bias=bias)
+def _conv(
+    before: int, after: int, stride: int = 1, bias: bool = False, kernel: int = 3
+) -> nn.Conv2d:
+    return nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=bias)
 
 
 def _initialise(model: nn.Module) -> nn.Module:

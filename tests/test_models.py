@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from swdlib.models import MODELS, BasicBlock, build_model
+from swdlib.deploy import shrink
+from swdlib.masks import find_groups, select
+from swdlib.models import MODELS, BasicBlock, TessierBlock, build_model
+from swdlib.structures import filters
 
 
 def parameters(model: nn.Module) -> int:
@@ -42,8 +45,80 @@ def test_weights_follow_the_seed(name: str) -> None:
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_parameters_of_the_published_set_up() -> None:
-    assert parameters(build_model("resnet20", width=64)) == 4_330_442
+@pytest.mark.parametrize(
+    ("name", "settings", "total", "kinds"),
+    [
+        ("tessier_resnet20", {"width": 64}, 4_330_442, (4_318_912, 4_480, 4_480, 2_570)),
+        ("tessier_resnet20", {"width": 8}, 69_122, (67_672, 560, 560, 330)),
+        ("tessier_resnet50", {"size": 224, "classes": 1000}, 25_587_240, None),
+    ],
+)
+def test_parameters_of_the_published_networks(
+    name: str, settings: dict[str, int], total: int, kinds: tuple[int, ...] | None
+) -> None:
+    model = build_model(name, **settings)
+    modules = [*model.modules()]
+    norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
+    found = (
+        sum(parameters(m) for m in modules if isinstance(m, nn.Conv2d)),
+        sum(m.weight.numel() for m in norms),
+        sum(m.bias.numel() for m in norms),
+        sum(parameters(m) for m in modules if isinstance(m, nn.Linear)),
+    )
+    assert parameters(model) == sum(found) == total
+    assert kinds is None or found == kinds
+
+
+def test_a_block_of_the_published_networks_by_hand() -> None:
+    torch.manual_seed(0)
+    block = TessierBlock(4, 8, stride=2, bottleneck=False)
+    maps = torch.randn(6, 4, 8, 8)
+    assert all(conv.bias is None for conv in [*block.convs, block.get_submodule("shortcut.0")])
+    with torch.no_grad():
+        block.last.weight.uniform_(0.5, 2.0)
+    (conv1, conv2), (bn1, bn2) = block.convs, block.norms
+    inside = bn2(conv2(bn1(conv1(maps)).relu()))
+    expected = block.last(inside + block.shortcut(maps)).relu()
+    torch.testing.assert_close(block(maps), expected)
+    assert expected.shape == (6, 8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        *(("tessier_resnet20", 20), ("tessier_resnet44", 44), ("tessier_resnet110", 110)),
+        *(("tessier_resnet18", 18), ("tessier_resnet34", 34), ("tessier_resnet50", 50)),
+    ],
+)
+def test_depth_of_the_published_networks(name: str, layers: int) -> None:
+    model = build_model(name, width=2)
+    blocks = [m for m in model.modules() if isinstance(m, TessierBlock)]
+    assert 1 + sum(len(block.convs) for block in blocks) + 1 == layers
+    strided = [b for b in blocks if any(conv.stride == (2, 2) for conv in b.convs)]
+    assert len(strided) == (3 if layers in (18, 34, 50) else 2)
+
+
+def test_the_stem_of_the_published_networks_fits_the_images() -> None:
+    small, large = (build_model("tessier_resnet18", size=s, width=4) for s in (32, 224))
+    assert small.get_submodule("0")(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 32, 32)
+    assert large.get_submodule("0")(torch.zeros(1, 3, 224, 224)).shape == (1, 4, 56, 56)
+
+
+def test_weights_of_the_published_networks_are_torchs_default() -> None:
+    torch.manual_seed(3)
+    model = build_model("tessier_resnet20", width=4)
+    torch.manual_seed(3)
+    stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    assert torch.equal(model.get_parameter("0.0.weight"), stem.weight)
+
+
+@pytest.mark.parametrize("name", ["tessier_resnet20", "tessier_resnet50"])
+def test_filters_of_the_published_networks_can_be_removed(name: str) -> None:
+    torch.manual_seed(0)
+    model, example = build_model(name, width=4), torch.randn(2, 3, 32, 32)
+    masks = select(find_groups(model, filters(example)), 0.5)
+    small = shrink(model, masks, example)  # which compares the outputs
+    assert 0.45 * parameters(model) < parameters(small) <= 0.5 * parameters(model)
 
 
 def test_prunable_weights_of_the_narrow_resnet() -> None:
@@ -65,7 +140,7 @@ def test_depth_counts_the_layers_with_weights(name: str, depth: int) -> None:
     assert [*convolutions(model, 1)] == ["stage2.0.shortcut.0", "stage3.0.shortcut.0"]
 
 
-def test_biases_are_those_of_the_published_set_up() -> None:
+def test_biases_before_batch_norm() -> None:
     model = build_model("resnet20", width=64)
     biased = {n: m.bias for n, m in convolutions(model, 3).items() if m.bias is not None}
     assert convolutions(model, 3).keys() - biased.keys() == {"conv"}

@@ -20,7 +20,10 @@ from swdlib.runs.training import train
 STEPS = 2
 
 # The parameters of the published networks, by dataset, network and width.
-PUBLISHED = {("cifar10", "resnet20", 64): 4_330_442, ("imagenet", "resnet50", None): 25_557_032}
+PUBLISHED: dict[tuple[str, str, int | None], int] = {
+    ("cifar10", "tessier_resnet20", 64): 4_330_442,
+    ("imagenet", "tessier_resnet50", 64): 25_587_240,
+}
 
 
 @dataclass(frozen=True)

