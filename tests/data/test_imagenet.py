@@ -281,6 +281,6 @@ def test_a_run_on_a_sample_of_imagenet(
     assert 0 <= final["top1"] <= final["top5"] <= 100
     assert final["loss"] == pytest.approx(np.log(1000), abs=1.5)  # as good as chance
     assert final["sparsity"] == pytest.approx(0.9, abs=1e-3)
-    [path] = tmp_path.rglob("*.safetensors")
+    [path] = tmp_path.rglob("*.safetensors.zlib")
     masks = load_sparse(build_model("cnn", width=4, size=224, classes=1000), path)
     assert sum(int((~mask).sum()) for mask in masks.values()) == final["weights"]["zeros"]

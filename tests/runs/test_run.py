@@ -217,12 +217,19 @@ def start(recipe: str, folder: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, env=environment, cwd=ROOT)
 
 
+def times_of_checkpoints(folder: Path) -> set[int]:
+    try:
+        return {path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    except FileNotFoundError:  # the run has just ended and removed its checkpoint
+        return set()
+
+
 def kill_after_a_checkpoint(recipe: str, folder: Path) -> bool:
     """Start a run, kill it once it has written a new checkpoint; False if it finished first."""
-    known = {path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    known = times_of_checkpoints(folder)
     process = start(recipe, folder)
     while process.poll() is None:
-        if {path.stat().st_mtime_ns for path in folder.rglob("*.pt")} - known:
+        if times_of_checkpoints(folder) - known:
             process.send_signal(signal.SIGKILL)
             process.wait()
             return True
