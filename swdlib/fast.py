@@ -1,6 +1,6 @@
 """The selection and the update of SWD for single weights, at nearly the speed of memory.
 
-Skip this file at first: `masks.lowest` selects the same weights and is four lines long.
+Skip this file at first: `masks.lowest` selects the same weights in a few lines.
 
 Training moves the threshold, the magnitude below which the selected weights lie, very little from
 one step to the next. So on a CPU `Threshold` reads all weights once: it counts those below a narrow

@@ -16,6 +16,7 @@ from swdlib.masks import (
     find_groups,
     fitted,
     parameters_of,
+    prunable,
     removed_weights,
     select_units,
     together,
@@ -136,7 +137,7 @@ class SelectingMethod(Method):
             raise TypeError(f"allocation must be a function of swdlib.masks, not {allocation!r}")
         self.groups = find_groups(model, structure)
         self.parameters = parameters_of(self.groups)
-        self.prunable = sum(parameter.numel() for parameter in self.parameters.values())
+        self.prunable = prunable(self.groups)
         self.criterion, self.allocation = criterion, allocation
         self.steps = check_count("steps", steps, hint="; usually epochs * len(loader)")
         self.every = check_count("every", every)
@@ -144,8 +145,6 @@ class SelectingMethod(Method):
         self.units: list[Tensor] = []  # as last selected, where they are held between selections
         self._reported: list[Tensor] = []
         self._sparsity = as_schedule(sparsity, check_sparsity)
-        for progress in (0.0, 1.0):  # so that a wrong schedule is an error before training
-            check_sparsity(self._sparsity(progress))
         check_reachable(self.groups, self._sparsity(1.0), allocation)
 
     @property

@@ -223,7 +223,7 @@ def lowest_by_sort(
     order = flat.argsort(stable=True)
     reached = torch.cat(held).to(flat.device)[order].cumsum(0)
     fewest = int(torch.searchsorted(reached, count)) + 1 if count else 0
-    return _split(_is_among(order[:fewest], len(order)), scores)
+    return _first(order, fewest, scores)
 
 
 def lowest_coupled(groups: Sequence[Coupled], scores: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -243,7 +243,7 @@ def lowest_coupled(groups: Sequence[Coupled], scores: Sequence[Tensor], count: i
             fewest = middle + 1
         else:
             most = middle
-    return _split(_is_among(order[:fewest], len(order)), scores)
+    return _first(order, fewest, scores)
 
 
 def _size_of_network(groups: Sequence[Coupled]) -> Callable[[np.ndarray], int]:
@@ -269,10 +269,10 @@ def _size_of_network(groups: Sequence[Coupled]) -> Callable[[np.ndarray], int]:
     return parameters_left
 
 
-def _is_among(numbers: Tensor, total: int) -> Tensor:
-    chosen = torch.zeros(total, dtype=torch.bool, device=numbers.device)
-    chosen[numbers] = True
-    return chosen
+def _first(order: Tensor, count: int, scores: Sequence[Tensor]) -> list[Tensor]:
+    chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    chosen[order[:count]] = True
+    return _split(chosen, scores)
 
 
 def _split(chosen: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

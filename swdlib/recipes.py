@@ -79,12 +79,7 @@ def swd(
     that `growth` names (see `growing`). Source: arXiv 2011.10520.
     """
     strength = growing(growth, a_min, a_max, growth_end, lr)
-    settings: dict[str, Any] = {
-        "strength": strength,
-        "weight_decay": weight_decay,
-        "update": update,
-    }
-    return _with_swd(epochs, lr, sparsity, structure, **settings)
+    return _with_swd(epochs, lr, sparsity, structure, strength, weight_decay, update)
 
 
 def swd_constant(
@@ -100,12 +95,7 @@ def swd_constant(
 
     The default is the strength of the published growth half-way through.
     """
-    settings: dict[str, Any] = {
-        "strength": Constant(a),
-        "weight_decay": weight_decay,
-        "update": update,
-    }
-    return _with_swd(epochs, lr, sparsity, structure, **settings)
+    return _with_swd(epochs, lr, sparsity, structure, Constant(a), weight_decay, update)
 
 
 def swd_rising(
@@ -125,12 +115,7 @@ def swd_rising(
     """SWD whose target rises as in `zhu2017` while its strength grows: a variant of this book."""
     target = _rising(sparsity, ramp_begin, ramp_end)
     strength = growing(growth, a_min, a_max, growth_end, lr)
-    settings: dict[str, Any] = {
-        "strength": strength,
-        "weight_decay": weight_decay,
-        "update": update,
-    }
-    return _with_swd(epochs, lr, sparsity, structure, target, **settings)
+    return _with_swd(epochs, lr, sparsity, structure, strength, weight_decay, update, target)
 
 
 def swd_every(
@@ -146,12 +131,7 @@ def swd_every(
 ) -> list[Phase]:
     """SWD that selects w* only every `every` steps: an ablation of selecting at each one."""
     strength = Exponential(a_min, a_max)
-    settings: dict[str, Any] = {
-        "strength": strength,
-        "weight_decay": weight_decay,
-        "update": update,
-    }
-    return _with_swd(epochs, lr, sparsity, structure, every=every, **settings)
+    return _with_swd(epochs, lr, sparsity, structure, strength, weight_decay, update, every=every)
 
 
 def swd_finetune(
@@ -319,12 +299,23 @@ def _with_swd(
     lr: Schedule,
     sparsity: float,
     structure: Structure,
+    strength: Schedule,
+    weight_decay: float,
+    update: Update,
     target: Schedule | None = None,
-    **settings: Any,
+    every: int = 1,
 ) -> list[Phase]:
     """Train with SWD towards `target`, by default `sparsity` throughout, then cut."""
-    fixed = {"sparsity": target or sparsity, "structure": structure, **settings}
-    return [Train(epochs, lr, partial(SelectiveWeightDecay, **fixed)), Prune(sparsity, structure)]
+    penalty = partial(
+        SelectiveWeightDecay,
+        sparsity=target or sparsity,
+        structure=structure,
+        strength=strength,
+        weight_decay=weight_decay,
+        update=update,
+        every=every,
+    )
+    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
 
 
 def _cut_and_tune(

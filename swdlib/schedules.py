@@ -182,5 +182,8 @@ def check_count(name: str, value: Any, hint: str = "") -> int:
 
 
 def as_schedule(value: float | Schedule, check: Callable[[float], float]) -> Schedule:
-    """A schedule as it is, or a number that `check` lets pass as `Constant`."""
-    return value if callable(value) else Constant(check(value))
+    """A schedule as it is, or a number as `Constant`; `check` sees its values at both ends."""
+    schedule = value if callable(value) else Constant(check(value))
+    for progress in (0.0, 1.0):  # so that a wrong schedule is an error before training
+        check(schedule(progress))
+    return schedule

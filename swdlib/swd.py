@@ -94,8 +94,6 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         self.update = update
         self.weight_decay = check_not_negative("weight_decay", weight_decay)
         self._strength = as_schedule(strength, _check_strength)
-        for progress in (0.0, 1.0):
-            _check_strength(self._strength(progress))
         self._threshold = Threshold()
         single = criterion is magnitude and allocation is together and are_single(self.groups)
         self._is_fast = single and every == 1
@@ -180,9 +178,11 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
 
     def _selected_fast(self) -> Sequence[Selected] | None:
         """w* of single weights by magnitude, without making masks; None where that cannot be."""
+        if not self._is_fast:
+            return None
         parameters = [*self.parameters.values()]
         count = round(self.sparsity * self.prunable)
-        if not (self._is_fast and count and are_alike(parameters)):
+        if not (count and are_alike(parameters)):
             return None
         if parameters[0].is_cuda:
             return lowest_on_gpu(parameters, count)

@@ -932,7 +932,7 @@ def test_what_is_chosen_rarely_is_penalised_until_the_next_choice() -> None:
     model.weight.copy_(torch.tensor([[8.0, 6.0, 1.0, 3.0]]))
     optimizer.step()  # the same two, which are now the largest
     assert model.weight.tolist() == [[4.0, 3.0, 1.0, 3.0]]
-    optimizer.step()  # selected anew; of ties the first
+    optimizer.step()  # selected again; of ties the first
     assert model.weight.tolist() == [[4.0, 1.5, 0.5, 3.0]]
 
 
