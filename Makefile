@@ -1,14 +1,18 @@
 # make book    build the book in _build/html          make test    every test
 # make check   format, lint, types and quick tests    make clean   remove what was built
 # make strip   remove the outputs from the notebooks  make bench   measure what selection costs
+# make lowest  quick tests with the oldest packages   make publish-check   what a release is checked for
 # make notebook NAME=swd-on-cifar10 ARGS="-p profile laptop -p seed 1"
+# With TORCH=cpu, PyTorch comes without CUDA, from its own index: make book TORCH=cpu
 PYTHON ?= python3
 PROFILE ?= smoke
+TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
 VENV := .venv
 BIN := $(VENV)/bin
+torch = $(if $(TORCH),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check bench notebook strip clean distclean
+.PHONY: help book test check bench notebook strip lowest publish-check clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -38,6 +42,23 @@ bench: $(VENV)/.book
 strip: $(VENV)/.book
 	$(BIN)/python book/build.py strip
 
+# The lowest versions that pyproject.toml allows of what the library needs; not of the book's tools.
+lowest: $(VENV)/bin/pip
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python _build/lowest
+	$(BIN)/uv pip install --quiet --python _build/lowest --resolution lowest-direct \
+	    -e '.[lab]' 'pytest>=8.2' 'hypothesis>=6.100' 'pyyaml>=6.0'
+	_build/lowest/bin/python -m pytest -m "not slow" tests/test_[!hp]*.py tests/data tests/deploy tests/runs
+
+# All that publish.yml does before it uploads, offline; with TAG=v0.1.0, the version is that of the tag.
+publish-check: $(VENV)/.test
+	$(BIN)/actionlint .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(if $(TAG),test -f dist/swdlib-$(TAG:v%=%)-py3-none-any.whl)
+
 clean:
 	rm -rf _build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find book swdlib tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -47,10 +68,12 @@ distclean: clean
 
 # An empty file stands for "these extras are installed"; it is older than a changed pyproject.toml.
 $(VENV)/.book: pyproject.toml | $(VENV)/bin/pip
+	$(torch)
 	$(BIN)/python -m pip install --quiet -e '.[book]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
+	$(torch)
 	$(BIN)/python -m pip install --quiet -e '.[book,test]'
 	@[ -x /usr/bin/chromium ] || $(BIN)/playwright install chromium > /dev/null 2>&1 \
 	    || echo "No chromium, and none could be fetched: the tests in a browser will be skipped"

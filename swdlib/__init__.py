@@ -58,6 +58,7 @@ __all__ = [
 _EXTRAS = {
     "deploy": ("pandas", "scipy", "torch_pruning"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "data": ("PIL", "sklearn", "torchvision", "tqdm"),
     "runs": ("accelerate", "filelock", "pandas", "PIL", "sklearn", "torchvision", "tqdm"),
     "lab": ("matplotlib", "pandas", "seaborn"),
 }

@@ -3,10 +3,8 @@
 import ast
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -204,42 +202,6 @@ def python(*arguments: str, folder: Path, **variables: str) -> str:
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel with `pip wheel . --no-deps`, in a copy, as it leaves a folder behind."""
-    folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(PACKAGE, folder / "swdlib", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    python("-m", "pip", "wheel", ".", "--no-deps", folder=folder)
-    [path] = folder.glob("*.whl")
-    return path
-
-
-@pytest.mark.slow
-def test_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {f"swdlib/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
-    modules.add("swdlib/py.typed")
-    assert modules <= names
-    assert all(
-        name.startswith(f"swdlib-{swdlib.__version__}.dist-info/") for name in names - modules
-    )
-
-
-@pytest.mark.slow
-def test_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "installed"
-    python("-m", "pip", "install", "--no-deps", "-t", str(target), str(wheel), folder=tmp_path)
-    source = "import swdlib; print(swdlib.__file__, swdlib.__version__)"
-    printed = python("-c", source, folder=tmp_path, PYTHONPATH=str(target))
-    assert printed == f"{target / 'swdlib' / '__init__.py'} {swdlib.__version__}"
-    run = ["-m", "swdlib.cli", "run", "--epochs", "1", "--width", "4"]
-    printed = python(*run, folder=tmp_path, PYTHONPATH=str(target))
-    assert "89.98 % of the prunable weights removed" in printed
-    assert list((tmp_path / "records" / "smoke").glob("*.json"))
 
 
 @pytest.mark.slow

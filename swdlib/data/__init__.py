@@ -2,4 +2,4 @@
 
 from swdlib import require_extra
 
-require_extra("swdlib.data", "runs")
+require_extra("swdlib.data", "data")
