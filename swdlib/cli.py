@@ -1,4 +1,4 @@
-"""The command line: `swdlib run`, `swdlib sweep`, `swdlib show` and `swdlib check`.
+"""The command line: runs and sweeps, and what is done with their records.
 
 The flags of `run` and `sweep` are the fields of `Config`; `sweep` takes several values for each.
 """
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import swdlib
 from swdlib.runs import records
-from swdlib.runs.check import audit_all
+from swdlib.runs.check import audit_all, export
 from swdlib.runs.config import Config, type_of
 from swdlib.runs.devices import find_device, is_main_process
 from swdlib.runs.dryrun import dry_run
-from swdlib.runs.records import load_records, tabulate
+from swdlib.runs.records import RENAMED, choose, load_records, tabulate
 from swdlib.runs.run import BUSY, Busy, run
 from swdlib.runs.sweep import grid, read_grid, sweep
 from swdlib.runs.workers import local, on_ray
@@ -30,10 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WORKERS = {"local": ("jobs",), "ray": ("cpus", "gpus", "address")}  # and the flags of each alone
-SHOWN = [
-    *("dataset", "data_source", "model", "width", "recipe", "structure", "target_sparsity"),
-    *("epochs", "seed", "status", "sparsity", "parameters", "loss", "top1", "top5", "run"),
-]
+ALWAYS = ("dataset", "model", "recipe", "structure", "target_sparsity", "seed")
+RESULTS = ("status", "sparsity", "parameters", "loss", "top1", "renewed_top1", "commit", "run")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +69,8 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     top = argparse.ArgumentParser(prog="swdlib", description="Train and prune; keep records.")
-    commands = top.add_subparsers(required=True, metavar="{run,sweep,show,check}")
+    top.add_argument("--version", action="version", version=f"swdlib {swdlib.__version__}")
+    commands = top.add_subparsers(required=True, metavar="{run,sweep,show,plot,export,check}")
     one = _command(commands, "run", _run, "train one network, unless it is on record")
     one.add_argument("--again", action="store_true", help="train even if it is on record")
     one.add_argument(
@@ -87,7 +87,21 @@ def parser() -> argparse.ArgumentParser:
     add("--gpus", type=float, help="ray: GPUs that a run asks for (default: 0)")
     add("--address", help="ray: of a cluster (default: RAY_ADDRESS, or this machine)")
     _add_settings(many, nargs="+")
-    _command(commands, "show", _show, "print the records as a table")
+    show = _command(commands, "show", _show, "print how the runs on record ended, as a table")
+    _add_choice(show)
+    show.add_argument("--sort", metavar="COLUMN", help="order of the rows")
+    form = show.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="every column, as CSV")
+    form.add_argument("--json", action="store_true", help="every column, as JSON")
+    plot = _command(commands, "plot", _plot, "draw accuracy against the parameters kept")
+    plot.add_argument("file", metavar="FILE", help="such as plot.svg or plot.png")
+    _add_choice(plot)
+    out = _command(commands, "export", _export, "take a network out of its record")
+    out.add_argument("run", metavar="RUN", help="its address or the beginning of it, or its file")
+    kind = out.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--onnx", metavar="FILE", help="for other programs; filters are removed")
+    kind.add_argument("--dense", metavar="FILE", help="safetensors with all weights, zeros too")
+    kind.add_argument("--sparse", metavar="FILE", help="compressed, for deploy.load_sparse")
     check = _command(commands, "check", _check, "verify every record", "records", nargs="?")
     check.add_argument(
         "--data-root", metavar="FOLDER", help="data on which stored networks are evaluated again"
@@ -107,6 +121,20 @@ def _command(
     command.set_defaults(do=do)
     command.add_argument(folder, metavar="FOLDER", help="where records are kept", **options)
     return command
+
+
+def _add_choice(command: argparse.ArgumentParser) -> None:
+    add = partial(command.add_argument, "--where", metavar="NAME=VALUE", type=_pair)
+    add(action="append", default=[], help="only such runs; may be given several times")
+    best = "of each method and sparsity, only the settings that are best in the mean over seeds"
+    command.add_argument("--best", action="store_true", help=best)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equal, value = text.partition("=")
+    if not equal:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, not {text!r}")
+    return name.replace("-", "_"), value
 
 
 def _add_settings(command: argparse.ArgumentParser, **options: Any) -> None:
@@ -145,8 +173,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         text = dry_run(config).text()
     else:
+        path = records.path_of(config.settings(), _folder(options))
+        known = path.exists() and not options.again
         record = run(config, options.records, again=options.again)
         text = f"{config.title()}\n{record.summary()}"
+        if known:
+            text += f"\non record already, so not trained again: {path}"
     if is_main_process():
         print(text)
 
@@ -154,7 +186,7 @@ def _run(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     given = _given(options)
     configs = read_grid(options.grid, given) if options.grid else grid(given)
-    folder = Path(options.records or records.default_folder())
+    folder = _folder(options)
     if options.on == "local":
         _warn_of_emulation(configs)
     own = WORKERS[options.on]
@@ -167,7 +199,7 @@ def _sweep(options: argparse.Namespace) -> None:
         outcomes = list(sweep(configs, folder, workers, retries=options.retries, tell=tell))
     table = tabulate(outcome.record for outcome in outcomes if outcome.record)
     if not table.empty:
-        _print(table)
+        print(_text(table))
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         lines = [f"\n  {outcome.config.title()}: {outcome.error}" for outcome in failed]
@@ -182,25 +214,69 @@ def _warn_of_emulation(configs: Sequence[Config]) -> None:
         print("swdlib: bf16 is slow on this processor: try --precision fp32", file=sys.stderr)
 
 
-def _show(options: argparse.Namespace) -> None:
+def _folder(options: argparse.Namespace) -> Path:
+    return Path(options.records or records.default_folder())
+
+
+def _chosen(options: argparse.Namespace) -> "pd.DataFrame":
     table = load_records(options.records)
     if table.empty:
-        folder = options.records or records.default_folder()
-        raise ValueError(f"there is no record in {folder}; `swdlib run` makes one")
-    _print(table)
+        raise ValueError(f"there is no record in {_folder(options)}; `swdlib run` makes one")
+    found = choose(table, options.where, best=options.best)
+    if found.empty:
+        raise ValueError(f"none of the {table['run'].nunique()} runs on record is such a run")
+    return found
 
 
-def _print(table: "pd.DataFrame") -> None:
-    """Print the last row of each run, in the columns that matter, with like runs side by side."""
-    last = table.groupby("run", sort=False).tail(1)
-    order = [c for c in ("dataset", "model", "width", "target_sparsity", "recipe") if c in last]
-    last = last[[name for name in SHOWN if name in last]].sort_values(order)
-    digits = {"loss": 4, "top1": 2, "top5": 2}
-    print(last.round(digits).to_string(index=False, na_rep="-"))
+def _show(options: argparse.Namespace) -> None:
+    table = _chosen(options)
+    if options.csv or options.json:
+        ends = _ends(table, options.sort).drop(columns="weights", errors="ignore")
+        csv = ends.to_csv(index=False)
+        print(csv if options.csv else ends.to_json(orient="records", indent=1), end="")
+    else:
+        print(_text(table, options.sort))
+
+
+def _ends(table: "pd.DataFrame", sort: str | None) -> "pd.DataFrame":
+    """The last row of each run; like runs side by side, unless they are sorted by a column."""
+    ends = table.groupby("run", sort=False).tail(1)
+    sort = RENAMED.get(sort, sort) if sort else None
+    if sort and sort not in ends:
+        raise ValueError(f"--sort must be one of {', '.join(map(str, ends))}, not {sort!r}")
+    order = ("dataset", "model", "width", "structure", "target_sparsity", "recipe", "holdout")
+    return ends.sort_values([sort] if sort else [name for name in order if name in ends])
+
+
+def _text(table: "pd.DataFrame", sort: str | None = None) -> str:
+    """The last row of each run, in columns that tell the runs apart or say how they ended."""
+    ends = _ends(table, sort)
+    settings = [RENAMED.get(setting.name, setting.name) for setting in fields(Config)]
+    differ = [name for name in settings if name in ends and ends[name].nunique(dropna=False) > 1]
+    names = [name for name in settings if name in ALWAYS or name in differ]
+    ends.insert(0, "measured_on", ["held-out" if share else "test" for share in ends["holdout"]])
+    ends = ends[[name for name in (*names, "measured_on", *RESULTS) if name in ends]]
+    digits = {"loss": 4, "top1": 2, "renewed_top1": 2, "sparsity": 4}
+    shown = ends.round(digits).rename(columns={"renewed_top1": "recalibrated"})
+    return shown.convert_dtypes().astype(object).fillna("-").to_string(index=False)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from swdlib.lab.plots import accuracy_against_kept
+
+    figure: Any = accuracy_against_kept(_chosen(options)).figure
+    figure.savefig(options.file)
+    print(f"drawn: {options.file}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    kinds = {name: getattr(options, name) for name in ("onnx", "dense", "sparse")}
+    export(records.find(options.run, _folder(options)), **kinds)
+    print(f"written: {next(filter(None, kinds.values()))}")
 
 
 def _check(options: argparse.Namespace) -> None:
-    folder = Path(options.records or records.default_folder())
+    folder = _folder(options)
     root = Path(options.data_root) if options.data_root else None
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give the folder of the records")

@@ -1,5 +1,7 @@
 """The command line: flags are the fields of Config."""
 
+import csv
+import json
 import os
 import re
 import signal
@@ -13,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import swdlib
 from swdlib import cli
+from swdlib.data.load import load_data
+from swdlib.deploy.stored import in_onnxruntime
 from swdlib.runs import records
 from swdlib.runs.config import Config
 from swdlib.runs.records import load_records
@@ -30,12 +37,147 @@ def test_run_then_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     cli.main(["run", *QUICK, "--sparsity", "0.5", *folder])
     printed = capsys.readouterr().out
     assert "swd at sparsity 0.5: cnn of width 4 on digits, 1 epochs, seed 0" in printed
-    assert "50.00 % of the prunable weights removed" in printed
+    assert "50.00 % of the prunable weights removed" in printed and "on record" not in printed
+    cli.main(["run", *QUICK, "--sparsity", "0.5", *folder])
+    [path] = (tmp_path / "smoke").glob("*.json")
+    again = capsys.readouterr().out
+    assert again == f"{printed}on record already, so not trained again: {path}\n"
     cli.main(["show", *folder])
     header, line = capsys.readouterr().out.splitlines()
-    assert header.split()[:3] == ["dataset", "data_source", "model"]
-    assert line.split()[:3] == ["digits", "scikit-learn", "cnn"]
+    assert header.split()[:3] == ["dataset", "model", "recipe"]
+    assert line.split()[:3] == ["digits", "cnn", "swd"]
     assert load_records(tmp_path)["run"].iloc[0] in line
+
+
+def test_version_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert (stopped.value.code, capsys.readouterr().out) == (0, f"swdlib {swdlib.__version__}\n")
+
+
+def test_progress_is_a_line_for_each_row_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["run", "--epochs", "2", "--width", "4", "--records", str(tmp_path)])
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in told] == [
+        *("epoch 1, train", "epoch 2, train", "epoch 2, prune"),
+    ]
+
+
+# What is done with records
+
+
+def put(folder: Path, top1: float, **settings: Any) -> str:
+    """Write the record of a run and return its address."""
+    config = Config(**settings).settings()
+    row = {"kind": "prune", "top1": top1, "loss": 1.0, "parameters": 100, "sparsity": 0.9}
+    facts = {"code": {"commit": "abc"}, "dataset": {"source": "files"}}
+    records.save(records.Record(config, [{**row, "weights": {}}], facts), folder)
+    return records.address(config)
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """Return a folder of records: two rates of SWD with two seeds each, and another method."""
+    for lr, seed, top1 in ((0.1, 0, 95.0), (0.1, 1, 85.0), (0.4, 0, 93.0), (0.4, 1, 91.0)):
+        put(tmp_path, top1, lr=lr, seed=seed)
+    put(tmp_path, 80.0, recipe="han2015", holdout=0.1)
+    return tmp_path
+
+
+def shown(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> list[dict[str, str]]:
+    """Return the rows that `swdlib show` prints."""
+    cli.main(["show", "--records", str(folder), *flags])
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_show_has_the_columns_that_tell_runs_apart(
+    several: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = shown(several, capsys)
+    assert {"peak_lr", "a_max", "iterations", "measured_on", "commit"} <= set(rows[0])
+    assert {"width", "batch_size", "data_source"}.isdisjoint(rows[0])
+    _, *swd = rows
+    assert {(row["peak_lr"], row["seed"]) for row in swd} == {
+        *(("0.1", "0"), ("0.1", "1"), ("0.4", "0"), ("0.4", "1")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "top1"),
+    [
+        (["--where", "recipe=swd", "--where", "lr=0.4"], [93, 91]),
+        (["--where", "peak-lr=0.40", "--where", "seed=1"], [91]),
+        (["--where", "a_max=none"], [80]),
+        (
+            ["--where", "recipe=swd", "--best"],
+            [93, 91],
+        ),  # their mean is 92, that of 95 and 85 is 90
+        (["--where", "recipe=swd", "--sort", "top1"], [85, 91, 93, 95]),
+    ],
+)
+def test_runs_are_chosen_and_sorted(
+    flags: list[str], top1: list[float], several: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["show", "--records", str(several), *flags, "--json"])
+    assert [row["top1"] for row in json.loads(capsys.readouterr().out)] == top1
+    cli.main(["show", "--records", str(several), *flags, "--csv"])
+    rows = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert [float(row["top1"]) for row in rows] == top1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--where", "nothing=1"], "nothing is no column; there are run, "),
+        (["--where", "seed=7"], "none of the 5 runs on record is such a run"),
+        (["--sort", "nothing"], "--sort must be one of run, .*, not 'nothing'"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_told(flags: list[str], told: str, several: Path) -> None:
+    with pytest.raises(SystemExit, match=told):
+        cli.main(["show", "--records", str(several), *flags])
+
+
+def test_a_choice_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["show", "--where", "seed"])
+    assert "must be NAME=VALUE, not 'seed'" in capsys.readouterr().err
+
+
+def test_plot_is_written_to_a_file(several: Path) -> None:
+    target = several / "plot.svg"
+    cli.main(["plot", str(target), "--records", str(several), "--where", "recipe=swd"])
+    assert "<svg" in target.read_text("utf-8")
+
+
+def test_network_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--records", str(tmp_path)]
+    cli.main(["run", *QUICK, "--structure", "filters", "--sparsity", "0.5", *place])
+    [record], [stored] = tmp_path.rglob("*.json"), tmp_path.rglob("*.zlib")
+    onnx, dense, sparse = (tmp_path / name for name in ("a.onnx", "a.safetensors", "a.zlib"))
+    run = load_records(tmp_path)["run"].iloc[0]
+    cli.main(["export", run[:5], "--dense", str(dense), *place])
+    assert capsys.readouterr().out.endswith(f"written: {dense}\n")
+    network = Config(epochs=1, width=4).build(load_data("digits"))
+    network.load_state_dict(load_file(dense))
+    cli.main(["export", str(record), "--sparse", str(sparse)])
+    assert sparse.read_bytes() == stored.read_bytes()
+    cli.main(["export", run, "--onnx", str(onnx), *place])
+    images, _ = next(load_data("digits").test_batches(8))
+    logits = in_onnxruntime(onnx)(images)
+    assert torch.allclose(logits, network.eval()(images), atol=1e-4)
+    assert onnx.stat().st_size < dense.stat().st_size
+    stored.unlink()
+    with pytest.raises(SystemExit, match="came without its network, which the same run makes"):
+        cli.main(["export", run, "--onnx", str(onnx), *place])
+
+
+def test_export_asks_for_one_run(several: Path) -> None:
+    with pytest.raises(SystemExit, match="not 'xyz', with which 0 begin"):
+        cli.main(["export", "xyz", "--dense", "a", "--records", str(several)])
 
 
 def test_a_tracked_run_has_the_same_record(tmp_path: Path) -> None:

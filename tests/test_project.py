@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "deploy": METHOD,
     "runs": METHOD | {"data", "deploy"},
     "lab": LIBRARY,
-    "cli": LIBRARY - {"lab"},
+    "cli": LIBRARY,
 }
 
 

@@ -144,7 +144,7 @@ def _load_images(folder: Path) -> Dataset:
     def decode() -> list[Split]:
         images = torch.empty((len(everything), 3, 32, 32), dtype=torch.uint8)
         # On one thread: with images so small, two threads mostly wait for each other.
-        progress = tqdm(everything, desc="decoding CIFAR-10", unit=" images")
+        progress = tqdm(everything, desc="decoding CIFAR-10", unit=" images", disable=None)
         for index, (file, _) in enumerate(progress):
             images[index] = read_image(Path(file), _check_image)
         whole = Split(images, torch.tensor([label for _, label in everything]))

@@ -17,6 +17,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.transforms import Affine2D
+from scipy import stats
 
 from swdlib.runs.records import HISTOGRAM_RANGE
 
@@ -61,7 +62,8 @@ def accuracy_over_epochs(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Final Top-1 accuracy against the parameters kept: a point a run, a line a method.
 
-    The line goes through the means of the runs that share a target.
+    The line goes through the means of the runs that share a target. A bar is the 95 % interval of
+    the mean of runs that differ by their seed alone (Student's t).
     """
     ax = _axes(ax, "parameters kept", "final Top-1 accuracy (%)")
     ax.set_xscale("log")
@@ -74,10 +76,22 @@ def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         means = runs.groupby("target_sparsity")[["parameters", "top1"]].mean()
         look = {"color": look["color"], "lw": 1.2, "gid": f"{name}, mean"}
         ax.plot(means["parameters"], means["top1"], "-", **look)
+        for _, seeds in runs.groupby("setup") if "setup" in runs else ():
+            if seeds["top1"].count() > 1:
+                mean, half = interval(seeds["top1"].dropna())
+                at = [seeds["parameters"].mean()] * 2
+                bar = look | {"lw": 2.5, "alpha": 0.6, "gid": f"{name}, 95 % interval"}
+                ax.plot(at, [mean - half, mean + half], "-", **bar)
     # Whole powers of ten: the labels of ticks between them would overlap.
     low, high = np.log10(finals["parameters"].agg(["min", "max"]))
     ax.set_xlim(10 ** np.floor(low - 0.05), 10 ** np.ceil(high + 0.05))
     return _legend(ax)
+
+
+def interval(values: Any) -> tuple[float, float]:
+    """The mean of two values or more, and half of its 95 % interval by Student's t."""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(half)
 
 
 def weight_distribution(weights: Mapping[str, Mapping[str, Any]], ax: Axes | None = None) -> Axes:

@@ -1,29 +1,34 @@
-"""Checks of records: whether each is sound, of known code and data, and its figures are true."""
+"""Records with their networks: whether each is sound and its figures are true; exports."""
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from torch import nn
 
 from swdlib.data.load import SHAPES, AnyDataset, load_data
-from swdlib.deploy.stored import load_sparse
+from swdlib.deploy.shrinking import shrink
+from swdlib.deploy.stored import load_sparse, tensors_of_state, to_onnx
+from swdlib.files import write_whole
 from swdlib.metrics import evaluate, parameters
 from swdlib.models import build_model
 from swdlib.runs import records
-from swdlib.runs.config import Config
 from swdlib.runs.records import Record
-from swdlib.runs.run import git
+from swdlib.runs.run import SHRINKABLE, git
 from swdlib.structures import is_prunable
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+IMAGES = {"digits": (1, 8, 10), **SHAPES}  # channels, size and classes
 
 # In a folder of records: the fingerprints of the data that they were made with.
 KNOWN = "known.toml"
@@ -95,6 +100,41 @@ def audit(path: Path, data_root: Path | None = None, known: Known = None) -> Aud
     return found
 
 
+def network_of(config: Mapping[str, Any]) -> nn.Module:
+    """A network as a record's configuration says, with other weights."""
+    channels, size, classes, *_ = IMAGES[config["dataset"]]
+    width = config["width"]
+    return build_model(config["model"], channels=channels, size=size, classes=classes, width=width)
+
+
+def export(path: Path, *, onnx: str | None, dense: str | None, sparse: str | None) -> None:
+    """Write the network of the record `path` to the files that are named.
+
+    `onnx` is without the filters or channels that were removed; `dense` is a file of safetensors
+    with every weight, zeros too; `sparse` is as `deploy.save_sparse` writes it.
+    """
+    config, stored = records.load(path).config, path.with_suffix(".safetensors.zlib")
+    if not stored.is_file():
+        raise FileNotFoundError(
+            f"{stored} is missing: the record came without its network, which the same run makes "
+            f"again, with --again"
+        )
+    network = network_of(config)
+    load_sparse(network, stored)
+    if sparse:
+        write_whole(Path(sparse), lambda file: file.write_bytes(stored.read_bytes()))
+    if dense:
+        content = safetensors.torch.save(tensors_of_state(network))
+        write_whole(Path(dense), lambda file: file.write_bytes(content))
+    if onnx:
+        channels, size, *_ = IMAGES[config["dataset"]]
+        example = torch.randn(2, channels, size, size)
+        if config["structure"] in SHRINKABLE:
+            kept = {name: p.detach() != 0 for name, p in network.named_parameters()}
+            network = shrink(network, kept, example)
+        to_onnx(network, example, onnx)
+
+
 def _rows(record: Record) -> Iterator[str]:
     """Problems of the rows in themselves: their order, and numbers that cannot be."""
     for name in ("epoch", "step"):
@@ -115,11 +155,8 @@ def _rows(record: Record) -> Iterator[str]:
 def _sizes(record: Record) -> Iterator[str]:
     """Compare sparsity and parameters with the network that the configuration builds."""
     config = record.config
-    channels, size, classes, *_ = {"digits": (1, 8, 10), **SHAPES}[config["dataset"]]
     with torch.device("meta"):  # takes no memory and draws no weights
-        network = build_model(
-            config["model"], channels=channels, size=size, classes=classes, width=config["width"]
-        )
+        network = network_of(config)
     total = parameters(network)
     prunable = sum(p.numel() for p in network.parameters() if is_prunable(p))
     by_weight = config["structure"] in ("weights", None)
@@ -194,7 +231,7 @@ def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
         return
     found.figures = "computed again"
     try:
-        network = Config(**{**record.config, "device": "cpu"}).build(data)
+        network = network_of(record.config)
         load_sparse(network, path)
     except (ValueError, TypeError, OSError) as error:
         found.problems.append(f"{path.name} does not hold its network: {error}")

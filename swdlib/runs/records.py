@@ -27,6 +27,9 @@ HISTOGRAM_BINS = 104
 # In a table, settings whose names rows use for what they measured.
 RENAMED = {"sparsity": "target_sparsity", "lr": "peak_lr"}
 
+# Runs that are alike in these are compared: the best of them is one of a method.
+COMPARED = ("dataset", "holdout", "model", "width", "structure", "target_sparsity", "recipe")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -120,9 +123,9 @@ def load_records(folder: str | Path | None = None) -> "pd.DataFrame":
 def tabulate(found: Iterable[Record]) -> "pd.DataFrame":
     """Records as one tidy table, with a line for each of their rows.
 
-    Beside what the row holds, a line has the run's address in `run`, `status`, `data_source` and
-    the settings. Of these, `sparsity` becomes `target_sparsity` and `lr` `peak_lr`: `sparsity` and
-    `lr` are the row's.
+    Beside what the row holds, a line has the run's address in `run`, `status`, `data_source`,
+    `commit` and the settings. Of these, `sparsity` becomes `target_sparsity` and `lr` `peak_lr`:
+    `sparsity` and `lr` are the row's. Runs that differ by their seed alone share `setup`.
     """
     import pandas as pd  # here, as it takes long to import
 
@@ -130,12 +133,62 @@ def tabulate(found: Iterable[Record]) -> "pd.DataFrame":
     for record in found:
         shared = {
             "run": address(record.config),
+            "setup": address({**record.config, "seed": None}),
             "status": record.status,
             "data_source": record.provenance.get("dataset", {}).get("source"),
+            "commit": record.provenance.get("code", {}).get("commit"),
             **{RENAMED.get(name, name): value for name, value in record.config.items()},
         }
         rows += [{**shared, **row} for row in record.rows or [{}]]  # a diverged run has none
     return pd.DataFrame(rows)
+
+
+def choose(
+    table: "pd.DataFrame", where: Iterable[tuple[str, str]] = (), *, best: bool = False
+) -> "pd.DataFrame":
+    """The rows of runs whose columns have the values of `where`: pairs of a name and a text.
+
+    With `best`, of the runs that are alike in `COMPARED` only those of the setup whose mean final
+    accuracy over the seeds is highest, with recalibrated batch norm where that was measured.
+    """
+    for name, text in where:
+        column = RENAMED.get(name, name)
+        if column not in table:
+            raise ValueError(f"{name} is no column; there are {', '.join(map(str, table))}")
+        ends = table.groupby("run", sort=False).tail(1)
+        runs = ends["run"][[_matches(value, text) for value in ends[column]]]
+        table = table[table["run"].isin(runs)]
+    if not best or table.empty or "top1" not in table:
+        return table
+    ends = table.groupby("run", sort=False).tail(1)
+    accuracy = ends["top1"]
+    if "renewed_top1" in ends:
+        accuracy = ends["renewed_top1"].fillna(accuracy)
+    mean = accuracy.groupby(ends["setup"]).transform("mean")
+    highest = mean.groupby([ends[name] for name in COMPARED], dropna=False).transform("max")
+    return table[table["run"].isin(ends["run"][mean == highest])]
+
+
+def _matches(value: Any, text: str) -> bool:
+    if value is None or value != value:  # not a number: the run has no such setting
+        return text.lower() == "none"
+    try:
+        return bool(float(text) == value)
+    except ValueError:
+        return text.lower() == str(value).lower()
+
+
+def find(run: str, folder: Path) -> Path:
+    """The record below `folder` whose address begins with `run`; a path of a record is itself."""
+    if run.endswith(".json"):
+        return Path(run)
+    found = [p for p in sorted(folder.rglob("*.json")) if p.stem.rpartition("-")[2].startswith(run)]
+    if len(found) != 1:
+        raise ValueError(
+            f"run must be the beginning of one address below {folder}, as `swdlib show` lists "
+            f"them, not {run!r}, with which {len(found)} begin"
+        )
+    return found[0]
 
 
 def duration(seconds: float) -> str:

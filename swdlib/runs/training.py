@@ -6,6 +6,7 @@ accelerate: on a CPU, a GPU, or several processes, each of which works on its sh
 
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -69,7 +70,7 @@ class Options:
         checkpoint: file that a stopped run resumes from, bit for bit on a CPU.
         save_every: steps between two writes of the checkpoint.
         code: identifies the code of this run: a checkpoint of other code is refused.
-        progress: whether a bar is shown.
+        progress: whether a bar is shown, or where that is no terminal, a line for each row.
         log_to: tracker that the numbers of each row are sent to.
     """
 
@@ -170,11 +171,13 @@ class _Loop:
         if self.options.compile:
             self.network = torch.compile(self.network)
         epochs = sum(phase.epochs for phase in self.phases if isinstance(phase, Train))
+        self.shown = self.options.progress and self.accelerator.is_main_process
         self.bar = tqdm(
             total=epochs * self.steps_per_epoch,
             initial=self.at.steps,
             unit="step",
-            disable=not (self.options.progress and self.accelerator.is_main_process),
+            disable=None if self.shown else True,  # None: in a log file there are lines instead
+            leave=False,
             mininterval=1,
         )
         try:
@@ -303,6 +306,8 @@ class _Loop:
         numbers = {f"{kind}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
         self.accelerator.log(numbers, step=self.at.steps)
         self.bar.set_postfix(epoch=self.at.epochs, top1=f"{row['top1']:.2f}")
+        if self.shown and self.bar.disable:
+            print(f"epoch {row['epoch']}, {kind}: Top-1 {row['top1']:.2f} %", file=sys.stderr)
 
     def _save(self) -> None:
         totals = self.accelerator.reduce(self.totals.clone())

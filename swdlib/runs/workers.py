@@ -43,8 +43,8 @@ def flags(config: Config) -> list[str]:
 def local(folder: Path, jobs: int = 1) -> Iterator[Workers]:
     """Processes of this machine, `jobs` at a time, each a `swdlib run`.
 
-    A single one shows its progress bar; with several, each writes to a .log file beside its
-    checkpoint. Those that still run when the context ends are stopped as by Ctrl-C.
+    A single one shows its progress; with several, each writes to a .log file beside its checkpoint.
+    Those that still run when the context ends are stopped as by Ctrl-C.
     OMP_NUM_THREADS sets the threads of each.
     """
     check_count("jobs", jobs)
