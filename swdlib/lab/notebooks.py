@@ -1,9 +1,12 @@
-"""Notebooks: a check of the parameters that papermill was given, which papermill itself lacks."""
+"""Notebooks: a check of their parameters, which papermill lacks, and the book's files."""
 
 import ast
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+from swdlib.runs.records import default_folder
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -18,11 +21,11 @@ def check_parameters(namespace: Mapping[str, Any]) -> None:
     """Check the parameters that papermill was given against the cell that sets their defaults.
 
     `namespace` is the notebook's `globals()`, in which IPython keeps the source of the cells that
-    ran as `In`. Papermill writes what it is given into a cell of its own, right after that of the
-    defaults. ValueError for a parameter that the notebook does not have, of which papermill only
-    warns, and for a value that is not of the annotated type.
+    ran as `In`; in a script there is nothing to check. Papermill writes what it is given into a
+    cell of its own, right after that of the defaults. ValueError for a parameter that the notebook
+    does not have, of which papermill only warns, and for a value that is not of the annotated type.
     """
-    for own, given in pairwise(namespace["In"]):
+    for own, given in pairwise(namespace.get("In", [])):
         known = _assigned(own) if given.startswith("# Parameters\n") else set()
         if not known:
             continue
@@ -36,6 +39,22 @@ def check_parameters(namespace: Mapping[str, Any]) -> None:
             if isinstance(node, ast.AnnAssign) and ast.unparse(node.value or node) != "None":
                 name = ast.unparse(node.target)
                 _check_type(name, namespace[name], ast.unparse(node.annotation))
+
+
+def from_book(place: str) -> Path:
+    """A file or folder of the book, such as records/laptop; FileNotFoundError says how to get it.
+
+    It lies in the checkout that swdlib runs from, or, if that is an installed package, in the
+    current folder.
+    """
+    path = default_folder().parent / place
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.absolute()} is missing. This page shows {place} of the book, which the library "
+            "does not bring: run the page in a checkout of the repository, or put there the file "
+            "that the page offers under 'Rerun this page'"
+        )
+    return path
 
 
 def _assigned(source: str) -> set[str]:

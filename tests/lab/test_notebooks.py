@@ -1,10 +1,18 @@
-"""Parameters that papermill is given: known ones of the right type pass, others are named."""
+"""Notebooks anywhere: parameters that papermill is given, scripts, files of the book."""
 
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
+import nbformat
 import pytest
 
-from swdlib.lab.notebooks import check_parameters
+from swdlib.lab.notebooks import check_parameters, from_book
+from swdlib.runs import records
+
+BOOK = Path(__file__).resolve().parents[2] / "book"
 
 OWN = "# None: as before.\nsparsity: float = 0.9  # removed\nepochs: int = None\n"
 
@@ -47,3 +55,42 @@ def test_parameter_of_another_type_is_refused(own: str, given: str, message: str
     namespace = {"In": ["", own, f"# Parameters\n{name} = {given}\n"], name: eval(given)}
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         check_parameters(namespace)
+
+
+def test_nothing_is_checked_in_a_script() -> None:
+    check_parameters({"seed": 1})
+
+
+def test_files_of_the_book_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert from_book("records/laptop") == BOOK / "records" / "laptop"
+    monkeypatch.setattr(records, "checkout", lambda: None)  # an installed package
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"records/laptop is missing.* in a checkout of"):
+        from_book("records/laptop")
+    (tmp_path / "records" / "laptop").mkdir(parents=True)
+    assert from_book("records/laptop") == Path("records/laptop")
+
+
+def test_every_file_that_a_page_shows_is_there() -> None:
+    text = "".join(path.read_text("utf-8") for path in BOOK.glob("*.ipynb"))
+    places = re.findall(r'from_book\(\\"(.*?)\\"\)', text)
+    assert len(places) == 6
+    assert all(from_book(place).exists() for place in places)
+    assert "default_folder()." not in text and "default_folder() /" not in text
+
+
+def script_of(name: str) -> str:
+    """Return a notebook as `jupyter nbconvert --to script` writes it: its code, cell after cell."""
+    cells = nbformat.read(BOOK / f"{name}.ipynb", as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "code")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["what-is-pruning", "swd-from-scratch"])
+def test_a_chapter_runs_as_a_script_anywhere(name: str, tmp_path: Path) -> None:
+    (tmp_path / "page.py").write_text(script_of(name), "utf-8")
+    done = subprocess.run(
+        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
