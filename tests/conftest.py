@@ -20,6 +20,16 @@ def unavailable(reason: str) -> None:
     pytest.skip(reason)
 
 
+# What takes longest begins first, so that no process is left with it at the end. The tests of a
+# file share what they made: they stay together.
+LONGEST = ("test_book", "test_notebooks", "test_swd", "test_training", "test_run", "test_workers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files of tests; those that are not named above keep their order."""
+    items.sort(key=lambda i: LONGEST.index(i.path.stem) if i.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Threads cost more than they save on networks as small as these."""

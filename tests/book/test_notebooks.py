@@ -71,16 +71,32 @@ def test_every_figure_has_alternative_text_and_suits_both_modes(name: str) -> No
         assert cell.source.count("plots.") == 1, "one alternative text is for one figure"
 
 
+def solutions(name: str) -> list[str]:
+    """Return the Python code of a notebook's folded solutions."""
+    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.MULTILINE | re.DOTALL)
+
+
 def rerun(name: str, folder: Path, **parameters: Any) -> list[Any]:
-    """Run a notebook from a folder that is not the book's; return its cells, outputs and all."""
+    """Run a notebook, and its solutions at its end, from a folder that is not the book's.
+
+    Return its cells, outputs and all.
+    """
+    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    told = solutions(name)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in told]
+    nbformat.write(notebook, folder / "out.ipynb")
     papermill.execute_notebook(
-        str(BOOK / f"{name}.ipynb"),
+        str(folder / "out.ipynb"),
         str(folder / "out.ipynb"),
         parameters=parameters,
         cwd=str(folder),
         progress_bar=False,
     )
-    return ran(folder)
+    found = ran(folder)
+    assert [cell.source for cell in found[len(found) - len(told) :]] == told
+    return found
 
 
 def ran(folder: Path) -> list[Any]:
@@ -182,12 +198,13 @@ RERUNS: list[tuple[str, dict[str, Any], str]] = [
         {"seed": 2, "sparsity": 0.5, "epochs": 1, "width": 16, "head_sparsity": 0.05},
         "Bits per letter, 50% of the weights removed",
     ),
+    ("scale-out", {"epochs": 4}, "killed and restarted: Top-1"),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "parameters", "expected"), RERUNS)
-def test_page_runs_with_other_parameters(
+def test_page_and_its_solutions_run_with_other_parameters(
     name: str, parameters: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     assert expected in printed(rerun(name, tmp_path, **parameters))
@@ -225,29 +242,6 @@ def test_imagenet_runs_on_real_images(imagenet_folder: Path, tmp_path: Path) -> 
     assert "1,000 training images in 1,000 classes, from one folder of images" in found
     assert "used here: 15 to train and 5 to measure on" in found
     assert "stopped after 2 of 4 steps" in found and "all weights equal" in found
-
-
-def solutions(name: str) -> list[str]:
-    """Return the Python code of a notebook's folded solutions."""
-    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
-    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    return re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if solutions(name)])
-def test_solutions_run_at_the_end_of_their_page(name: str, tmp_path: Path) -> None:
-    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
-    notebook.cells += [nbformat.v4.new_code_cell(source) for source in solutions(name)]
-    nbformat.write(notebook, tmp_path / "solved.ipynb")
-    papermill.execute_notebook(
-        str(tmp_path / "solved.ipynb"),
-        str(tmp_path / "out.ipynb"),
-        parameters={"epochs": 4},
-        cwd=str(tmp_path),
-        progress_bar=False,
-    )
-    assert [cell.source for cell in ran(tmp_path)][-len(solutions(name)) :] == solutions(name)
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
