@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from swdlib.lab.plots import interval
 from swdlib.runs import records
 from swdlib.runs.records import Record, load_records
 
@@ -135,11 +136,15 @@ def test_the_committed_records_are_sound() -> None:
         assert found.status in ("finished", "diverged")
 
 
-def test_the_figures_of_the_readme_are_on_record() -> None:
-    """Each number of its tables is a mean over the seeds, trained or recalibrated."""
-    root = Path(__file__).resolve().parents[2]
-    found = defaultdict(list)
-    for path in (root / "book" / "records" / "laptop").glob("*.json"):
+ROOT = Path(__file__).resolve().parents[2]
+Ends = dict[tuple[str, str, int, str, str], list[float]]
+
+
+@pytest.fixture(scope="module")
+def ends() -> Ends:
+    """Return the accuracies of the laptop runs, a seed each, that the tables are about."""
+    found: Ends = defaultdict(list)
+    for path in (ROOT / "book" / "records" / "laptop").glob("*.json"):
         if (record := records.load(path)).status != "finished":
             continue
         config, final = record.config, record.final
@@ -152,21 +157,54 @@ def test_the_figures_of_the_readme_are_on_record() -> None:
                 level = f"{100 * config['sparsity']:g} %"
                 cuts = config["iterations"] or 1
                 found[structure, config["recipe"], cuts, level, name].append(final[name])
-    lines = (root / "README.md").read_text("utf-8").splitlines()
+    return found
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """Return the tables of a page whose first column has weights or filters, or methods."""
+    lines = (ROOT / page).read_text("utf-8").splitlines()
     rows = [line.split("|")[1:-1] for line in lines if re.match(r"\| (`|weights|filters)", line)]
-    tables: list[list[list[str]]] = []
+    found: list[list[list[str]]] = []
     for cells in ([cell.strip() for cell in row] for row in rows):
         if "`" in cells[0]:
-            tables[-1].append(cells)
+            found[-1].append(cells)
         else:
-            tables.append([cells])
-    assert [(table[0][0], len(table) > 3) for table in tables] == [
+            found.append([cells])
+    return found
+
+
+def test_the_figures_of_the_results_are_on_record(ends: Ends) -> None:
+    """Each number of the tables is a mean over the seeds, trained or recalibrated."""
+    found = tables("book/results.md")
+    assert [(table[0][0], len(table) > 3) for table in found] == [
         ("weights", True),
         ("filters", True),
     ]
-    for (structure, *levels), *methods in tables:
+    for (structure, *levels), *methods in found:
         for label, *numbers in methods:
             name = "renewed_top1" if "recalibrated" in label else "top1"
             recipe, cuts = label.split("`")[1], 4 if "4 cuts" in label else 1
-            expected = [found[structure, recipe, cuts, level, name] for level in levels]
+            expected = [ends[structure, recipe, cuts, level, name] for level in levels]
             assert numbers == [f"{fmean(runs):.2f}" if runs else "" for runs in expected], label
+
+
+def test_the_figures_of_the_readme_are_means_of_three_seeds_with_their_intervals(
+    ends: Ends,
+) -> None:
+    [[(_, *columns), *methods]] = tables("README.md")
+    assert len(methods) == 3
+    for label, *numbers in methods:
+        recipe = label.split("`")[1]
+        for column, number in zip(columns, numbers, strict=True):
+            level, _, recalibrated = column.partition(", ")
+            name = "renewed_top1" if recalibrated else "top1"
+            runs = ends["weights", recipe, 1, level, name]
+            mean, half = interval(runs) if len(runs) > 1 else (0.0, 0.0)
+            assert number == (f"{mean:.2f} ± {half:.2f}" if len(runs) == 3 else ""), label
+    [dense] = ends["weights", "dense", 1, "0 %", "top1"]
+    assert f"Without pruning it reaches {dense:.2f} (one seed)" in (ROOT / "README.md").read_text()
+
+
+def test_the_interval_is_that_of_students_t() -> None:
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5, abs=1e-3)  # 0.975, 2 degrees
