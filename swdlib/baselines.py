@@ -91,7 +91,11 @@ class BatchNormL1(hooks.Method):
     def _add_gradients(self, owned: set[int]) -> None:
         for scale in self.scales:
             if scale.grad is not None and id(scale) in owned:
-                scale.grad.add_(scale.sign(), alpha=self.l1)
+                scale.grad.add_(self.slope(scale), alpha=self.l1)
+
+    def slope(self, scale: Tensor) -> Tensor:
+        """The derivative of the penalty by a scale, without `l1`."""
+        return scale.sign()
 
     def report(self) -> dict[str, float]:
         """What a record keeps of it: the mean size of a scale."""

@@ -15,6 +15,7 @@ from swdlib.masks import (
     check_sparsity,
     find_groups,
     fitted,
+    kept,
     parameters_of,
     prunable,
     removed_weights,
@@ -172,12 +173,15 @@ class SelectingMethod(Method):
         """What a record keeps now: the target, and units `selected`, `entered` and `left`.
 
         The last two count since the report before, so the first report has neither.
-        `norm_selected` is the L2 norm of the weights in selected units, `norm_kept` of the others.
+        `norm_selected` is the L2 norm of the weights in selected units, `norm_kept` of the others;
+        `kept_weights` and `kept_parameters` count what a cut now would leave (see `masks.kept`).
         """
         units = self.selected()
+        gone = removed_weights(self.groups, units) if units else {}
         moved = movement(self.groups, units, self._reported) if units else {}
         self._reported = [chosen.clone() for chosen in units]
-        return {"target": self.sparsity, **moved}
+        left = kept(self.model, {name: ~mask for name, mask in gone.items()})
+        return {"target": self.sparsity, **moved, **left}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the step, masks, units held, and units last reported."""

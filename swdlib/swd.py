@@ -9,10 +9,18 @@ from torch.optim import Optimizer
 
 from swdlib import hooks
 from swdlib.criteria import Criterion, magnitude
-from swdlib.fast import Selected, Threshold, add_, are_alike, divide_, lowest_on_gpu
+from swdlib.fast import (
+    Selected,
+    Threshold,
+    add_,
+    are_alike,
+    divide_,
+    lowest_on_gpu,
+    radix_select,
+)
 from swdlib.masks import Allocation, Masks, apply_, are_single, removed_weights, select, together
 from swdlib.schedules import Exponential, Schedule, as_schedule, check_not_negative
-from swdlib.structures import Structure, weights
+from swdlib.structures import Single, Structure, weights
 
 
 def penalty(
@@ -95,8 +103,10 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         self.weight_decay = check_not_negative("weight_decay", weight_decay)
         self._strength = as_schedule(strength, _check_strength)
         self._threshold = Threshold()
-        single = criterion is magnitude and allocation is together and are_single(self.groups)
-        self._is_fast = single and every == 1
+        usual = criterion is magnitude and allocation is together and every == 1
+        self._is_fast = usual and are_single(self.groups)
+        singles = [group for group in self.groups if isinstance(group, Single)]
+        self._ranked = [single.parameter for single in singles if usual and single.ranked]
         self._owned: set[int] = set()
 
     @property
@@ -178,11 +188,13 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
 
     def _selected_fast(self) -> Sequence[Selected] | None:
         """w* of single weights by magnitude, without making masks; None where that cannot be."""
-        if not self._is_fast:
-            return None
         parameters = [*self.parameters.values()]
+        if not ((self._is_fast or self._ranked) and are_alike(parameters)):
+            return None
+        if self._ranked:
+            return self._below_threshold(parameters)
         count = round(self.sparsity * self.prunable)
-        if not (count and are_alike(parameters)):
+        if not count:
             return None
         if parameters[0].is_cuda:
             return lowest_on_gpu(parameters, count)
@@ -190,6 +202,15 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         if lowest is None:  # the general way finds and names the weight that is not finite
             return None
         return [lowest.selected(i, parameter) for i, parameter in enumerate(parameters)]
+
+    def _below_threshold(self, parameters: list[nn.Parameter]) -> Sequence[Selected] | None:
+        """As `structures.below_threshold`; None if a ranked weight is not finite."""
+        count = int(self.sparsity * sum(p.numel() for p in self._ranked)) + 1
+        if parameters[0].is_cuda:
+            threshold, _ = radix_select([p.detach().flatten() for p in self._ranked], count)
+            return [parameter.detach().abs() < threshold for parameter in parameters]
+        lowest = self._threshold.find(self._ranked, count)
+        return [lowest.threshold] * len(parameters) if lowest else None
 
     def prune(self) -> Masks:
         """Set w* to zero at the final sparsity and return the masks, True where a weight stays.

@@ -194,14 +194,15 @@ def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
         return
     found.figures = "computed again"
     try:
-        network = Config(**{**record.config, "device": "cpu"}).build(data)
+        config = Config(**{**record.config, "device": "cpu"})
+        network = config.build(data)
         load_sparse(network, path)
     except (ValueError, TypeError, OSError) as error:
         found.problems.append(f"{path.name} does not hold its network: {error}")
         return
     precision, last = record.config["precision"], record.final
     with torch.autocast("cpu", DTYPES.get(precision), enabled=precision in DTYPES):
-        measured = evaluate(network, data)
+        measured = evaluate(network, config.normalised(data))
     relative, points = TOLERANCE[precision]
     for name, slack in (("loss", relative * last["loss"]), ("top1", points)):
         if not abs(measured[name] - last[name]) <= slack + 1e-9:

@@ -17,7 +17,12 @@ NOT_ADDRESSED = ("data_root", "device", "tracker")
 
 # Settings that were added later: at these values, which earlier runs had, they do not change the
 # address.
-AS_BEFORE = {"growth": "exponential", "growth_end": 1.0}
+AS_BEFORE = {
+    "growth": "exponential",
+    "growth_end": 1.0,
+    "budget": "equal",
+    "normalisation": "measured",
+}
 
 # A row's histogram of the weights counts log10 |w| in equal bins, from 1e-12 to 10: under a strong
 # penalty weights get that small.
