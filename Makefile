@@ -1,6 +1,7 @@
 # make book    build the book in _build/html          make test    every test
 # make check   format, lint, types and quick tests    make clean   remove what was built
 # make strip   remove the outputs from the notebooks  make bench   measure what selection costs
+# make fidelity   compare the published system with a literal reading of the authors' code
 # make notebook NAME=swd-on-cifar10 ARGS="-p profile laptop -p seed 1"
 PYTHON ?= python3
 PROFILE ?= smoke
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check bench notebook strip clean distclean
+.PHONY: help book test check bench fidelity notebook strip clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -34,6 +35,9 @@ notebook: $(VENV)/.book
 # On a machine that others use too: make bench OMP_NUM_THREADS=1
 bench: $(VENV)/.book
 	$(if $(OMP_NUM_THREADS),OMP_NUM_THREADS=$(OMP_NUM_THREADS)) $(BIN)/python book/bench.py $(ARGS)
+
+fidelity: $(VENV)/.test
+	$(BIN)/python -m tests.fidelity
 
 strip: $(VENV)/.book
 	$(BIN)/python book/build.py strip

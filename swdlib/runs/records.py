@@ -56,9 +56,12 @@ class Record:
         if self.status != "finished":
             return f"{self.status}: {self.provenance.get('error', '')}"
         last = self.final
+        kept = f"{last.get('kept_parameters', last['parameters']):,} parameters"
+        if "kept_weights" in last:  # rows of earlier versions do not count them
+            kept = f"{last['kept_weights']:,} weights and, of the whole network, {kept}"
         return (
-            f"Top-1 {last['top1']:.2f} %, loss {last['loss']:.4f}, {last['parameters']:,} "
-            f"parameters kept, {100 * last['sparsity']:.2f} % of the prunable weights removed"
+            f"Top-1 {last['top1']:.2f} %, loss {last['loss']:.4f}, {kept} kept, "
+            f"{100 * last['sparsity']:.2f} % of the prunable weights removed"
         )
 
 
