@@ -39,13 +39,15 @@ class GradualPruning(hooks.SelectingMethod):
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer) -> None:
-        self.step += 1
         if self.soft:
             self.masks = {}
         else:  # first, since the step has moved masked weights, which must not change their rank
             apply_(self.model, self.masks)
+        if optimizer is not self._optimizers[-1]:
+            return
+        self.step += 1
         if self.step % self.every == 0 or self.step == self.steps:
-            self.units = self._select()
+            self.units = self._select_units()
             cut = [_own_weights(group) for group in self.groups] if self.soft else self.groups
             self.masks = {name: ~gone for name, gone in removed_weights(cut, self.units).items()}
             apply_(self.model, self.masks)
