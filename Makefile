@@ -2,6 +2,7 @@
 # make check   format, lint, types and quick tests    make clean   remove what was built
 # make strip   remove the outputs from the notebooks  make bench   measure what selection costs
 # make lowest  quick tests with the oldest packages   make publish-check   what a release is checked for
+# make fidelity   compare the published system with a literal reading of the authors' code
 # make notebook NAME=swd-on-cifar10 ARGS="-p profile laptop -p seed 1"
 # With TORCH=cpu, PyTorch comes without CUDA, from its own index: make book TORCH=cpu
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 torch = $(if $(TORCH),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check bench notebook strip lowest publish-check clean distclean
+.PHONY: help book test check bench fidelity notebook strip lowest publish-check clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -38,6 +39,9 @@ notebook: $(VENV)/.book
 # On a machine that others use too: make bench OMP_NUM_THREADS=1
 bench: $(VENV)/.book
 	$(if $(OMP_NUM_THREADS),OMP_NUM_THREADS=$(OMP_NUM_THREADS)) $(BIN)/python book/bench.py $(ARGS)
+
+fidelity: $(VENV)/.test
+	$(BIN)/python -m tests.fidelity
 
 strip: $(VENV)/.book
 	$(BIN)/python book/build.py strip

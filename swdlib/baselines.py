@@ -39,13 +39,15 @@ class GradualPruning(hooks.SelectingMethod):
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer) -> None:
-        self.step += 1
         if self.soft:
             self.masks = {}
         else:  # first, since the step has moved masked weights, which must not change their rank
             apply_(self.model, self.masks)
+        if optimizer is not self._optimizers[-1]:
+            return
+        self.step += 1
         if self.step % self.every == 0 or self.step == self.steps:
-            self.units = self._select()
+            self.units = self._select_units()
             cut = [_own_weights(group) for group in self.groups] if self.soft else self.groups
             self.masks = {name: ~gone for name, gone in removed_weights(cut, self.units).items()}
             apply_(self.model, self.masks)
@@ -91,7 +93,11 @@ class BatchNormL1(hooks.Method):
     def _add_gradients(self, owned: set[int]) -> None:
         for scale in self.scales:
             if scale.grad is not None and id(scale) in owned:
-                scale.grad.add_(scale.sign(), alpha=self.l1)
+                scale.grad.add_(self.slope(scale), alpha=self.l1)
+
+    def slope(self, scale: Tensor) -> Tensor:
+        """The derivative of the penalty by a scale, without `l1`."""
+        return scale.sign()
 
     def report(self) -> dict[str, float]:
         """What a record keeps of it: the mean size of a scale."""

@@ -11,10 +11,12 @@ from torch.utils.hooks import RemovableHandle
 from swdlib.criteria import Criterion, magnitude
 from swdlib.masks import (
     Allocation,
+    Masks,
     check_reachable,
     check_sparsity,
     find_groups,
     fitted,
+    kept,
     parameters_of,
     prunable,
     removed_weights,
@@ -37,29 +39,48 @@ class Method:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.masks: dict[str, Tensor] = {}
+        self.masks: Masks = {}
         self._in_step = False
         self._handles: list[RemovableHandle] = []
+        self._optimizers: list[Optimizer] = []  # those that are hooked
+        self._wrappers: list[Any] = []  # and what they came in, such as Lookahead
 
     def attach(self, optimizer: Optimizer) -> None:
         """Hook an optimizer: from now on this acts at each of its steps.
 
-        ValueError if the optimizer has none of the model's parameters or this is attached already.
+        Where several optimizers share the model, attach each; a step counts when the last of them
+        has taken it. ValueError if the optimizer has none of the model's parameters, or some that
+        an attached one steps.
         """
-        optimizer = innermost(optimizer)
-        if self._handles:
-            raise ValueError(f"this {type(self).__name__} is attached already; call detach() first")
+        chain = unwrapped(optimizer)
+        optimizer = chain[-1]
+        stepped = {id(p) for other in self._optimizers for p in _stepped_by(other)}
+        if stepped & owned_by(optimizer):
+            raise ValueError(
+                f"this {type(self).__name__} is attached already to an optimizer of the same "
+                "parameters; call detach() first"
+            )
         self._check_optimizer(optimizer)
-        self._handles = [
+        self._optimizers.append(optimizer)
+        self._wrappers += chain[:-1]
+        self._handles += [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
 
     def detach(self) -> None:
-        """Remove the hooks from the optimizer."""
+        """Remove the hooks from all optimizers."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._optimizers, self._wrappers = [], [], []
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._handles:
+            raise TypeError(
+                f"this {type(self).__name__} is attached, and a copy would not be: call detach() "
+                "before it is copied or pickled and attach() after it, or keep its state_dict()"
+            )
+        return self.__dict__.copy()
 
     def report(self) -> dict[str, float]:
         """What a record keeps of the method now."""
@@ -161,23 +182,26 @@ class SelectingMethod(Method):
         """The units selected now, a bool tensor of shape (units,) for each group."""
         if self.every > 1 and self.step % self.every and self.units:
             return self.units
-        units = self._select()
+        units = self._select_units()
         self.units = units if self.every > 1 else []
         return units
 
-    def _select(self) -> list[Tensor]:
+    def _select_units(self) -> list[Tensor]:
         return select_units(self.groups, self.sparsity, self.criterion, self.allocation)
 
     def report(self) -> dict[str, float]:
         """What a record keeps now: the target, and units `selected`, `entered` and `left`.
 
         The last two count since the report before, so the first report has neither.
-        `norm_selected` is the L2 norm of the weights in selected units, `norm_kept` of the others.
+        `norm_selected` is the L2 norm of the weights in selected units, `norm_kept` of the others;
+        `kept_weights` and `kept_parameters` count what a cut now would leave (see `masks.kept`).
         """
         units = self.selected()
+        gone = removed_weights(self.groups, units) if units else {}
         moved = movement(self.groups, units, self._reported) if units else {}
         self._reported = [chosen.clone() for chosen in units]
-        return {"target": self.sparsity, **moved}
+        left = kept(self.model, {name: ~mask for name, mask in gone.items()})
+        return {"target": self.sparsity, **moved, **left}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the step, masks, units held, and units last reported."""
@@ -239,11 +263,16 @@ def fitted_units(groups: Sequence[Group], units: Sequence[Tensor]) -> list[Tenso
 # What a hook has to know of an optimizer ----------------------------------------------------------
 
 
-def innermost(optimizer: Any) -> Optimizer:
-    """The optimizer inside the wrappers of accelerate, Lightning and Fabric."""
-    inner = optimizer
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
+def unwrapped(optimizer: Any) -> list[Any]:
+    """The optimizer and what it wraps, the innermost last.
+
+    Wrappers are those of accelerate, Lightning and Fabric, Lookahead, and SAM, whose base optimizer
+    is the one that steps.
+    """
+    chain = [optimizer]
+    while inner := getattr(chain[-1], "optimizer", getattr(chain[-1], "base_optimizer", None)):
+        chain.append(inner)
+    inner = chain[-1]
     if not isinstance(inner, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
     if not hasattr(inner, "_optimizer_step_pre_hooks"):
@@ -251,7 +280,20 @@ def innermost(optimizer: Any) -> Optimizer:
             f"{type(inner).__name__} did not call Optimizer.__init__, so its steps have no hooks: "
             "give the optimizer that it wraps"
         )
-    return inner
+    return chain
+
+
+@torch.no_grad()
+def hold_state(optimizer: Any, model: nn.Module, masks: Masks) -> None:
+    """Zero what an optimizer, or a wrapper of one, remembers of weights that `masks` remove.
+
+    Schedule-free optimizers and Lookahead keep copies of the weights, which would come back.
+    """
+    for name, mask in masks.items():
+        parameter = model.get_parameter(name)
+        for tensor in getattr(optimizer, "state", {}).get(parameter, {}).values():
+            if isinstance(tensor, Tensor) and tensor.shape == mask.shape:
+                tensor.masked_fill_(~mask.to(tensor.device), 0.0)
 
 
 def _stepped_by(optimizer: Optimizer) -> list[Tensor]:

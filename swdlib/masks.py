@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swdlib.criteria import Criterion, magnitude
-from swdlib.structures import Coupled, Group, NofM, Structure, either
+from swdlib.structures import Coupled, Group, NofM, Structure, either, is_prunable
 
 Masks = dict[str, Tensor]
 
@@ -111,10 +111,10 @@ def select_units(
 ) -> list[Tensor]:
     """The units to remove: a bool tensor of shape (units,) for each group, True where removed.
 
-    `round(sparsity * weights)` weights are removed; where units hold several, the fewest units that
-    reach this number. Each layer keeps the best of units that span several layers. Scores of -inf
-    are removed first. NotFinite, a ValueError, if a score is NaN or +inf; Unreachable if the
-    structure cannot reach the sparsity.
+    `round(sparsity * weights)` weights are removed, or what the structure's own rule says; where
+    units hold several, the fewest units that reach this number. Each layer keeps the best of units
+    that span several layers. Scores of -inf are removed first. NotFinite, a ValueError, if a score
+    is NaN or +inf; Unreachable if the structure cannot reach the sparsity.
     """
     scores = [group.scores(criterion) for group in groups]
     for group, score in zip(groups, scores, strict=True):
@@ -127,7 +127,9 @@ def select_units(
     ranks = [group.protect(rank) for group, rank in zip(groups, ranks, strict=True)]
     count = round(check_sparsity(sparsity) * prunable(groups))
     coupled = [group for group in groups if isinstance(group, Coupled)]
-    if coupled:
+    if groups[0].rule:
+        chosen = groups[0].rule(groups, ranks, sparsity)
+    elif coupled:
         chosen = lowest_coupled(coupled, ranks, count)
     elif all(group.units == group.parameter.numel() for group in groups):  # single weights
         chosen = lowest(ranks, count)
@@ -168,6 +170,23 @@ def sparsity_of(masks: Masks) -> float:
     total = sum(mask.numel() for mask in masks.values())
     kept = sum(int(mask.sum()) for mask in masks.values())
     return (total - kept) / total if total else 0.0
+
+
+@torch.no_grad()
+def kept(model: nn.Module, masks: Masks | None = None) -> dict[str, int]:
+    """What is not zero once `masks` are applied: counts of weights, and of all parameters.
+
+    `kept_weights` are those of parameters of two or more dimensions that are trained.
+    """
+    counts = {"kept_weights": 0, "kept_parameters": 0}
+    for name, parameter in model.named_parameters():
+        stays = parameter != 0
+        if masks and name in masks:
+            stays = stays & masks[name]
+        count = int(stays.sum())
+        counts["kept_parameters"] += count
+        counts["kept_weights"] += count if is_prunable(parameter) else 0
+    return counts
 
 
 def emptied(masks: Masks) -> list[str]:

@@ -25,6 +25,7 @@ from swdlib.swd import SelectiveWeightDecay, Update
 class Train:
     """Train for `epochs`, with the learning-rate schedule `lr` and, if given, a method's hooks.
 
+    With `keep_momentum` the optimizer of the training before goes on; otherwise there is a new one.
     `penalty(model, steps=...)` returns the method when the phase starts; `steps` are those of the
     phase. One that ranks weights also takes `criterion` and `allocation` (see `ranked`).
     """
@@ -32,6 +33,7 @@ class Train:
     epochs: int
     lr: Schedule
     penalty: Callable[..., Method] | None = None
+    keep_momentum: bool = False
 
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs)
@@ -41,12 +43,13 @@ class Train:
 
 @dataclass(frozen=True)
 class Prune:
-    """Cut to `sparsity`; what is cut stays zero in all later phases."""
+    """Cut to `sparsity`; what is cut stays zero in all later phases, if it is `held`."""
 
     sparsity: float
     structure: Structure
     criterion: Criterion = magnitude
     allocation: Allocation = together
+    held: bool = True
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ class Group:
     name: str
     parameter: nn.Parameter
     size: int = 1
+
+    # (groups, ranks, sparsity) -> the units to remove, a bool tensor for each group. None: the
+    # fewest of the lowest ranks that hold enough weights, see `masks.select_units`.
+    rule: ClassVar[Callable[..., list[Tensor]] | None] = None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -117,6 +121,27 @@ class NofM(Group):
         best = rows.argsort(dim=1, stable=True)[:, self.m - self.n :]
         safe = rows.scatter(1, best, math.inf).reshape(of_inputs.shape)
         return safe.movedim(-1, 1).flatten()
+
+
+def below_threshold(
+    groups: Sequence["Single"], ranks: Sequence[Tensor], sparsity: float
+) -> list[Tensor]:
+    """The units whose rank lies below one threshold, a bool tensor for each group.
+
+    Sorted, the ranks of the groups that are `ranked` have the threshold at place int(sparsity * n).
+    """
+    device = ranks[0].device
+    ranked = torch.cat([r.to(device) for g, r in zip(groups, ranks, strict=True) if g.ranked])
+    threshold = ranked.kthvalue(int(sparsity * len(ranked)) + 1).values
+    return [rank < threshold.to(rank.device) for rank in ranks]
+
+
+@dataclass(frozen=True)
+class Single(Group):
+    """Single weights that are removed below a threshold, to which only the `ranked` contribute."""
+
+    rule = staticmethod(below_threshold)
+    ranked: bool = True
 
 
 @dataclass(frozen=True)
@@ -235,6 +260,22 @@ def weights(model: nn.Module) -> list[Group]:
     return [Group(name, parameter) for name, parameter in _prunable(model)]
 
 
+def parameters(model: nn.Module, also: Sequence[nn.Module] = ()) -> list[Group]:
+    """Single weights of all trainable parameters, by a threshold that the layers' weights give.
+
+    Ranked are the weights and biases of convolutions and linear layers, and the parameters of the
+    modules `also`. Below the threshold everything is removed, shifts and scales of norms included,
+    so that the whole network is counted. The threshold is the magnitude at place int(sparsity * n)
+    of the n ranked; where some tie with it, fewer are removed. Source: the authors' code beside
+    arXiv 2011.10520.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear)]
+    ranked = {id(p) for module in [*layers, *also] for p in module.parameters(recurse=False)}
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    groups: list[Group] = [Single(n, p, ranked=id(p) in ranked) for n, p in trained]
+    return groups if any(id(p) in ranked for _, p in trained) else []
+
+
 def kernels(model: nn.Module) -> list[Group]:
     """Kernels of convolutions: a unit is the weights between one input and one output map."""
     convolved = {id(m.weight) for m in model.modules() if isinstance(m, _ConvNd)}
@@ -312,6 +353,7 @@ def _coupled(example: Tensor, name: str, kinds: Sequence[str]) -> Structure:
 # By name, for the command line and for notebooks: a function of an example input.
 STRUCTURES: dict[str, Callable[[Any], Structure]] = {
     "weights": lambda example: weights,
+    "parameters": lambda example: parameters,
     "kernels": lambda example: kernels,
     "filters": filters,
     "channels": channels,

@@ -1,5 +1,7 @@
 """Selective weight decay: the weights that pruning would remove decay more and more."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -9,10 +11,18 @@ from torch.optim import Optimizer
 
 from swdlib import hooks
 from swdlib.criteria import Criterion, magnitude
-from swdlib.fast import Selected, Threshold, add_, are_alike, divide_, lowest_on_gpu
+from swdlib.fast import (
+    Selected,
+    Threshold,
+    add_,
+    are_alike,
+    divide_,
+    lowest_on_gpu,
+    radix_select,
+)
 from swdlib.masks import Allocation, Masks, apply_, are_single, removed_weights, select, together
 from swdlib.schedules import Exponential, Schedule, as_schedule, check_not_negative
-from swdlib.structures import Structure, weights
+from swdlib.structures import Single, Structure, weights
 
 
 def penalty(
@@ -38,6 +48,16 @@ def penalty(
 # The rest of this file makes that penalty fit any training loop, structure and criterion.
 
 PUBLISHED = Exponential(0.1, 1e5)
+
+# A cut is neutral if the norm of what it removes is at most this share of the norm of all weights.
+# Runs with the published strengths end at 0.03 or less.
+NEUTRAL = 0.1
+
+
+class NotNeutral(UserWarning):
+    """`SelectiveWeightDecay.prune()` cut weights that training had not made small."""
+
+
 Update = Literal["gradient", "proximal"]
 
 
@@ -95,8 +115,10 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         self.weight_decay = check_not_negative("weight_decay", weight_decay)
         self._strength = as_schedule(strength, _check_strength)
         self._threshold = Threshold()
-        single = criterion is magnitude and allocation is together and are_single(self.groups)
-        self._is_fast = single and every == 1
+        usual = criterion is magnitude and allocation is together and every == 1
+        self._is_fast = usual and are_single(self.groups)
+        singles = [group for group in self.groups if isinstance(group, Single)]
+        self._ranked = [single.parameter for single in singles if usual and single.ranked]
         self._owned: set[int] = set()
 
     @property
@@ -123,12 +145,13 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         """Hook an optimizer: from now on each of its steps applies the penalty.
 
         It acts once a step, after gradients are accumulated, unscaled and clipped; a step that a
-        GradScaler skips does not count. A weight that another optimizer steps is left alone.
+        GradScaler skips does not count. Where several optimizers share the model, attach each: a
+        weight of one that is not attached is left alone.
 
         Raises TypeError for what is no optimizer, and for one that evaluates the loss several times
         a step (LBFGS), takes sparse gradients only or has sharded parameters; ValueError if it has
-        none of the prunable parameters, if the penalty is attached already and, at the first step,
-        if a fused optimizer is left to unscale its gradients itself.
+        none of the prunable parameters or some of an attached one and, at the first step, if a
+        fused optimizer is left to unscale its gradients itself.
         """
         super().attach(optimizer)
 
@@ -159,12 +182,15 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
     def _after(self, optimizer: Optimizer) -> None:
         if self.masks:  # momentum and decay must not revive what was pruned
             apply_(self.model, self.masks)
+            if hasattr(optimizer, "eval"):  # schedule-free: it swaps the weights for an average
+                hooks.hold_state(optimizer, self.model, self.masks)
         elif self.update == "proximal":
             rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
             scale = self.strength * self.weight_decay
             for parameter, selected in self._selected_weights():
                 divide_(parameter, selected, 1.0 + rates[id(parameter)] * scale)
-        self.advance()
+        if optimizer is self._optimizers[-1]:
+            self.advance()
 
     def _selected_weights(self) -> list[tuple[nn.Parameter, Selected]]:
         """w* of each parameter that the optimizer steps, found in the fastest way there is."""
@@ -178,11 +204,13 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
 
     def _selected_fast(self) -> Sequence[Selected] | None:
         """w* of single weights by magnitude, without making masks; None where that cannot be."""
-        if not self._is_fast:
-            return None
         parameters = [*self.parameters.values()]
+        if not ((self._is_fast or self._ranked) and are_alike(parameters)):
+            return None
+        if self._ranked:
+            return self._below_threshold(parameters)
         count = round(self.sparsity * self.prunable)
-        if not (count and are_alike(parameters)):
+        if not count:
             return None
         if parameters[0].is_cuda:
             return lowest_on_gpu(parameters, count)
@@ -191,16 +219,67 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
             return None
         return [lowest.selected(i, parameter) for i, parameter in enumerate(parameters)]
 
+    def _below_threshold(self, parameters: list[nn.Parameter]) -> Sequence[Selected] | None:
+        """As `structures.below_threshold`; None if a ranked weight is not finite."""
+        count = int(self.sparsity * sum(p.numel() for p in self._ranked)) + 1
+        if parameters[0].is_cuda:
+            threshold, _ = radix_select([p.detach().flatten() for p in self._ranked], count)
+            return [parameter.detach().abs() < threshold for parameter in parameters]
+        lowest = self._threshold.find(self._ranked, count)
+        return [lowest.threshold] * len(parameters) if lowest else None
+
     def prune(self) -> Masks:
         """Set w* to zero at the final sparsity and return the masks, True where a weight stays.
 
         Weights stay zero through later steps of an attached optimizer; the penalty then rests. A
         criterion that reads gradients, such as saliency, finds the penalty in those of the last
         step: call `zero_grad()` and `backward()` once more before.
+
+        Warns with `NotNeutral`, and says what may be the reason, if the cut removes weights that
+        are not small. ValueError, and nothing is cut, if a parameter was replaced since this was
+        made, or frozen while its weights were not small.
         """
-        self.masks = select(self.groups, self._sparsity(1.0), self.criterion, self.allocation)
-        apply_(self.model, self.masks)
-        return self.masks
+        masks = self._select(self._sparsity(1.0))
+        self._check_cut(masks)
+        apply_(self.model, masks)
+        for optimizer in (*self._optimizers, *self._wrappers):
+            hooks.hold_state(optimizer, self.model, masks)
+        self.masks = masks
+        return masks
+
+    def _select(self, sparsity: float) -> Masks:
+        return select(self.groups, sparsity, self.criterion, self.allocation)
+
+    @torch.no_grad()
+    def _check_cut(self, masks: Masks) -> None:
+        """Refuse a cut where nothing was pressed; tell of one that is not neutral."""
+        now = dict(self.model.named_parameters())
+        if replaced := [n for n, p in self.parameters.items() if now.get(n) is not p]:
+            raise ValueError(
+                f"{', '.join(replaced[:3])} was replaced since this was made, so that nothing "
+                "pressed it: change layers first, then make a new SelectiveWeightDecay and train"
+            )
+        weights = self.parameters.items()
+        cut = {name: float((p * ~masks[name]).float().norm()) for name, p in weights}
+        norm = math.hypot(*(float(p.detach().float().norm()) for _, p in weights))
+        large = [name for name, of_cut in cut.items() if of_cut > NEUTRAL * norm]
+        if frozen := [name for name in large if not now[name].requires_grad]:
+            raise ValueError(
+                f"{', '.join(frozen[:3])} was frozen before its weights were small, so that a cut "
+                "would change the network: train it on, or freeze it first and make a new "
+                "SelectiveWeightDecay, which leaves it alone"
+            )
+        if (of_all := math.hypot(*cut.values())) > NEUTRAL * norm:
+            stepped = {i for optimizer in self._optimizers for i in hooks.owned_by(optimizer)}
+            alone = [name for name in large if id(now[name]) not in stepped]
+            others = f", none of {', '.join(alone[:3])} by an attached optimizer" if alone else ""
+            warnings.warn(
+                f"prune() cuts weights that hold {of_all / norm:.0%} of the norm of all, so that "
+                f"accuracy may fall: {self.step} of {self.steps} optimizer steps were counted"
+                f"{others}, and the strength reached {self.strength:.3g}",
+                NotNeutral,
+                stacklevel=3,
+            )
 
     def report(self) -> dict[str, float]:
         """What a record keeps of the penalty now: its strength, and what its base reports."""

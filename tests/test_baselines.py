@@ -80,6 +80,8 @@ def test_gradual_pruning_by_hand() -> None:
         "selected": 2,
         "norm_selected": 0.0,
         "norm_kept": pytest.approx((7**2 + 8**2) ** 0.5),
+        "kept_weights": 2,
+        "kept_parameters": 2,
     }
 
 

@@ -39,7 +39,11 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 sgd = OPTIMIZERS["sgd"]
 optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 updates = pytest.mark.parametrize("update", ["gradient", "proximal"])
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # The loops here are too short for a neutral cut, which is not what they are about.
+    pytest.mark.filterwarnings("ignore::swdlib.swd.NotNeutral"),
+]
 
 Batch = tuple[Tensor, Tensor]
 

@@ -19,6 +19,7 @@ from swdlib.files import write_whole
 from swdlib.metrics import evaluate, parameters
 from swdlib.models import build_model
 from swdlib.runs import records
+from swdlib.runs.config import Config
 from swdlib.runs.records import Record
 from swdlib.runs.run import SHRINKABLE, git
 from swdlib.structures import is_prunable
@@ -39,6 +40,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # How far figures may be from the record's when they are computed again: other machines add in
 # another order. Relative for the loss, in points for the Top-1 accuracy.
 TOLERANCE = {"fp32": (1e-3, 0.1), "bf16": (0.05, 1.0), "fp16": (0.05, 1.0)}
+
+# Structures whose sparsity is not that of all that they cut.
+BY_THRESHOLD = ("parameters", "tessier_parameters", "tessier_scales", "tessier_filters")
 
 Known = dict[str, list[Any]] | None
 
@@ -143,13 +147,20 @@ def _rows(record: Record) -> Iterator[str]:
         if sorted(everything) != everything or sorted(set(trained)) != trained:
             yield f"rows: {name} must rise"
     epochs = [row["epoch"] for row in record.rows if row["kind"] == "train"]
-    if epochs != list(range(1, record.config["epochs"] + 1)):
-        yield f"rows: epochs must be 1 to {record.config['epochs']}, not {epochs}"
+    if epochs != list(range(1, _epochs(record.config) + 1)):
+        yield f"rows: epochs must be 1 to {_epochs(record.config)}, not {epochs}"
     for number, row in enumerate(record.rows):
         measured = [row[name] for name in ("loss", "top1", "top5", "sparsity", "parameters")]
         in_range = 0 <= row["top1"] <= row["top5"] <= 100 and 0 <= row["sparsity"] < 1
         if not (all(map(math.isfinite, measured)) and row["loss"] >= 0 and in_range):
             yield f"row {number}: a loss, accuracy or sparsity is out of range"
+
+
+def _epochs(config: dict[str, Any]) -> int:
+    """The epochs of a run in all."""
+    if config.get("budget") != "published":
+        return int(config["epochs"])
+    return int(config["epochs"] + (config["iterations"] or 0) * (config["finetune_epochs"] or 0))
 
 
 def _sizes(record: Record) -> Iterator[str]:
@@ -168,6 +179,11 @@ def _sizes(record: Record) -> Iterator[str]:
             yield f"row {number}: {row['parameters']:,} parameters of {total:,}"
         if row["weights"]["zeros"] + sum(row["weights"]["counts"]) != prunable:
             yield f"row {number}: weights must count {prunable:,}"
+        kept = row.get("kept_weights", 0), row.get("kept_parameters", total)
+        if not (0 <= kept[0] <= prunable and kept[0] <= kept[1] <= total):
+            yield f"row {number}: {kept[0]:,} weights and {kept[1]:,} parameters kept of {total:,}"
+    if config["structure"] in BY_THRESHOLD:
+        return
     # Structures come in units, which may take more weights than the target but not fewer.
     target, reached = config["sparsity"], record.final["sparsity"]
     if not -1 <= (reached - target) * prunable <= (1 if by_weight else math.inf):
@@ -231,14 +247,15 @@ def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
         return
     found.figures = "computed again"
     try:
-        network = network_of(record.config)
+        config = Config(**{**record.config, "device": "cpu"})
+        network = config.build(data)
         load_sparse(network, path)
     except (ValueError, TypeError, OSError) as error:
         found.problems.append(f"{path.name} does not hold its network: {error}")
         return
     precision, last = record.config["precision"], record.final
     with torch.autocast("cpu", DTYPES.get(precision), enabled=precision in DTYPES):
-        measured = evaluate(network, data)
+        measured = evaluate(network, config.normalised(data))
     relative, points = TOLERANCE[precision]
     for name, slack in (("loss", relative * last["loss"]), ("top1", points)):
         if not abs(measured[name] - last[name]) <= slack + 1e-9:

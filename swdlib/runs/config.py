@@ -4,7 +4,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -12,19 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from swdlib.criteria import CRITERIA, batch_norm_scale
+from swdlib.criteria import CRITERIA, batch_norm_scale, magnitude
 from swdlib.data.load import DATASETS, AnyDataset
 from swdlib.masks import ALLOCATIONS
 from swdlib.models import MODELS, build_model, check_model
-from swdlib.recipes import RECIPES, Phase, Prune, ranked
+from swdlib.published import REFERENCES, STD
+from swdlib.published import STRUCTURES as PUBLISHED_STRUCTURES
+from swdlib.recipes import RECIPES, Phase, Prune, Recipe, Train, ranked
 from swdlib.runs.devices import Precision, check_tracker
 from swdlib.runs.training import Options
 from swdlib.schedules import Cosine, Growth, Piecewise, Schedule, Steps, check_count
 from swdlib.structures import STRUCTURES
 from swdlib.swd import Update
 
-# "paper" has the network, epochs, batch size and learning rates of the authors' code (beside arXiv
-# 2011.10520), but ranks and counts weights in the book's way; the others are smaller.
+STRUCTURES = STRUCTURES | PUBLISHED_STRUCTURES
+BUDGETS = ("equal", "published")
+NORMALISATIONS = ("measured", "published")
+
+# "paper" is the published set-up, as in the authors' code (see `published`); others are smaller.
 _NAMES = ("dataset", "model", "width", "epochs", "finetune_epochs", "batch_size", "lr")
 _SCALES = {
     "smoke": ("digits", "cnn", 16, 30, 6, 64, 0.2),
@@ -35,10 +40,14 @@ PROFILES: dict[str, dict[str, Any]] = {
     name: {
         **dict(zip(_NAMES, scale, strict=True)),
         **{"weight_decay": 5e-4, "precision": "fp32"},
-        "lr_schedule": "steps" if name == "paper" else "triangle",
-        "nesterov": name != "paper",
+        **{"structure": "weights", "budget": "equal", "normalisation": "measured"},
+        **{"lr_schedule": "triangle", "nesterov": True},
     }
     for name, scale in _SCALES.items()
+}
+PROFILES["paper"] |= {
+    **{"structure": "tessier_parameters", "budget": "published", "normalisation": "published"},
+    **{"lr_schedule": "steps", "nesterov": False},
 }
 
 # "paper" on ImageNet. Published are a ResNet-50, the epochs, the crops and a loss without label
@@ -62,7 +71,7 @@ LR_SCHEDULES: dict[str, Callable[[float], Schedule]] = {
 }
 
 # Structures whose units have batch-norm scales.
-WITH_SCALES = ("filters", "filters_and_channels")
+WITH_SCALES = ("filters", "filters_and_channels", "tessier_scales", "tessier_filters")
 
 # Some recipes take these settings, but a run uses them with every recipe.
 ALWAYS_USED = ("weight_decay", "seed")
@@ -92,15 +101,23 @@ class Config:
     profile: str = _setting("smoke", "scale of the run", *PROFILES)
     dataset: str = _setting(BY_PROFILE, "dataset", *DATASETS)
     data_root: str | None = _setting(None, "folder that holds the dataset")
+    normalisation: str = _setting(BY_PROFILE, "standard deviations of images", *NORMALISATIONS)
     model: str = _setting(BY_PROFILE, f"{', '.join(MODELS)}, or a torchvision classifier")
     width: int | None = _setting(BY_PROFILE, "maps of the first stage")
     recipe: str = _setting("swd", "method", *RECIPES)
-    structure: str = _setting("weights", "what is pruned together", *STRUCTURES)
+    budget: str = _setting(
+        BY_PROFILE, "whether fine-tuning is part of the epochs or follows them", *BUDGETS
+    )
+    structure: str = _setting(BY_PROFILE, "what is pruned together", *STRUCTURES)
     criterion: str = _setting(BY_RECIPE, "what is pruned first", *CRITERIA)
     allocation: str = _setting(BY_RECIPE, "how layers share the sparsity", *ALLOCATIONS)
     sparsity: float = _setting(0.9, "fraction of weights removed, in [0, 1)")
-    epochs: int = _setting(BY_PROFILE, "epochs in all, fine-tuning included")
-    finetune_epochs: int = _setting(BY_PROFILE, "epochs of them that follow a cut")
+    epochs: int = _setting(
+        BY_PROFILE, "epochs in all; before the first cut with budget 'published'"
+    )
+    finetune_epochs: int = _setting(
+        BY_PROFILE, "epochs of them after cuts; after each with budget 'published'"
+    )
     iterations: int = _setting(BY_RECIPE, "cuts")
     batch_size: int = _setting(BY_PROFILE, "images in a step")
     lr: float = _setting(BY_PROFILE, "highest learning rate")
@@ -155,10 +172,15 @@ class Config:
         """A line that names the run."""
         width = "" if self.width is None else f" of width {self.width}"
         cut = f" at sparsity {self.sparsity:g}" if self.sparsity else ""
+        epochs = sum(phase.epochs for phase in self.phases() if isinstance(phase, Train))
         return (
             f"{self.recipe}{cut}: {self.model}{width} on {self.dataset}, "
-            f"{self.epochs} epochs, seed {self.seed}"
+            f"{epochs} epochs, seed {self.seed}"
         )
+
+    def normalised(self, data: AnyDataset) -> AnyDataset:
+        """The data with the normalisation that these settings say."""
+        return replace(data, std=STD[self.dataset]) if self.normalisation == "published" else data
 
     def build(self, data: AnyDataset) -> nn.Module:
         """The network for `data`, its weights drawn from the seed; seeds torch's generators."""
@@ -181,10 +203,10 @@ class Config:
         settings["lr"] = LR_SCHEDULES[self.lr_schedule](self.lr)
         if self.structure is not None:
             settings["structure"] = STRUCTURES[self.structure](example)
-        given = {name: settings[name] for name in _parameters(self.recipe)}
+        given = {name: settings[name] for name in self._parameters()}
         criterion = CRITERIA[self.criterion] if self.criterion else None
         allocation = ALLOCATIONS[self.allocation] if self.allocation else None
-        return ranked(RECIPES[self.recipe](**given), criterion, allocation)
+        return ranked(self._recipe()(**given), criterion, allocation)
 
     def options(self, **more: Any) -> dict[str, Any]:
         """The options for `train` with these settings; those in `more` replace or extend them."""
@@ -200,13 +222,19 @@ class Config:
 
     def _default(self, name: str, default: Any) -> Any:
         if default is BY_RECIPE:
-            parameter = _parameters(self.recipe).get(name)
+            parameter = self._parameters().get(name)
             return parameter.default if parameter else None
         if default is not BY_PROFILE:
             return default
         if name == "width" and self.model not in MODELS:
             return None  # torchvision's networks have none
+        if name == "budget" and self.recipe not in REFERENCES:
+            return "equal"
+        if name == "normalisation" and self.dataset not in STD:
+            return "measured"
         scale = PROFILES[self.profile]
+        if name == "structure" and not self.model.startswith("tessier"):
+            return scale[name].removeprefix("tessier_")
         if (self.profile, self.dataset) == ("paper", "imagenet"):
             scale = scale | PAPER_ON_IMAGENET
         return scale[name]
@@ -229,8 +257,19 @@ class Config:
                 raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
     def _check_recipe(self) -> None:
-        """Let the recipe check its settings, and refuse a structure without what is ranked."""
+        """Let the recipe check its settings, and refuse what does not go together."""
+        if self.normalisation == "published" and self.dataset not in STD:
+            raise ValueError(f"normalisation must be 'measured' for dataset {self.dataset!r}")
+        if self.structure in PUBLISHED_STRUCTURES and not self.model.startswith("tessier"):
+            raise ValueError(
+                f"structure {self.structure!r} is for the networks tessier_..., not for model "
+                f"{self.model!r}: use another, such as 'parameters' or 'filters'"
+            )
         cuts = [phase for phase in self.phases() if isinstance(phase, Prune)]
+        by_default = not self.criterion and all(cut.criterion is magnitude for cut in cuts)
+        if self.profile == "paper" and self.structure in WITH_SCALES and by_default:
+            # The publication ranks units by scale, never by the magnitude of their weights.
+            object.__setattr__(self, "criterion", "batch_norm_scale")
         by_scale = any(cut.criterion is batch_norm_scale for cut in cuts)
         if by_scale and self.structure not in WITH_SCALES:
             who = f"criterion {self.criterion!r}" if self.criterion else f"recipe {self.recipe!r}"
@@ -240,15 +279,25 @@ class Config:
             )
 
     def _blank_unused(self) -> None:
-        of_recipes = {name for recipe in RECIPES for name in _parameters(recipe)}
-        if "structure" not in _parameters(self.recipe):
+        recipes = [*RECIPES.values(), *REFERENCES.values()]
+        of_recipes = {name for recipe in recipes for name in inspect.signature(recipe).parameters}
+        if "structure" not in self._parameters():
             of_recipes |= {"criterion", "allocation"}
-        for name in of_recipes - set(_parameters(self.recipe)) - set(ALWAYS_USED):
+        for name in of_recipes - set(self._parameters()) - set(ALWAYS_USED):
             object.__setattr__(self, name, 0.0 if name == "sparsity" else None)
 
+    def _recipe(self) -> Recipe:
+        if self.budget == "equal":
+            return RECIPES[self.recipe]
+        if self.recipe in REFERENCES:
+            return REFERENCES[self.recipe]
+        raise ValueError(
+            f"budget must be 'equal' for recipe {self.recipe!r}: {', '.join(REFERENCES)} have "
+            "a published one"
+        )
 
-def _parameters(recipe: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(RECIPES[recipe]).parameters
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self._recipe()).parameters
 
 
 def type_of(kind: Any) -> Any:

@@ -26,19 +26,29 @@ PUBLISHED: dict[tuple[str, str, int | None], int] = {
 }
 
 
+# What the publications leave open, on CIFAR-10 and on ImageNet.
+UNKNOWN = (
+    "which network the published accuracies were measured on",
+    "the published batch size, learning rates and weight decay; these are the usual ones",
+)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a run would take: its slowest step, the whole of it, and memory.
 
     `images` says which images the steps were measured on. `read_seconds` is the time it takes to
-    read the images of a step; None if they are in memory. `memory` is the peak in bytes, of the GPU
-    or, without one, of this process so far.
+    read the images of a step; None if they are in memory. `kept_weights` and `kept_parameters` (see
+    `masks.kept`) are what the last cut left here. `memory` is the peak in bytes, of the GPU or,
+    without one, of this process so far.
     """
 
     config: Config
     images: str
     device: str
     parameters: int
+    kept_weights: int
+    kept_parameters: int
     step_seconds: float
     read_seconds: float | None
     steps: int
@@ -55,12 +65,28 @@ class Estimate:
             f"Dry run of {config.title()}\n"
             f"images     {self.images}\n"
             f"network    {self.parameters:,} parameters{', as published' if published else ''}\n"
+            f"kept       {self.kept_weights:,} weights; {self.kept_parameters:,} of all parameters "
+            f"are not zero ({100 * self.kept_parameters / self.parameters:.3g} %)\n"
+            f"epochs     {self._epochs()}, budget {config.budget!r}\n"
             f"a step     {duration(self.step_seconds)} in {config.precision} on {self.device}, "
             f"for {config.batch_size} images{reading}\n"
             f"whole run  {self.steps:,} steps and {self.evaluations} evaluations: "
             f"about {duration(self.seconds)}\n"
-            f"memory     {self.memory / 2**30:.1f} GiB"
+            f"memory     {self.memory / 2**30:.1f} GiB" + self._unknown()
         )
+
+    def _epochs(self) -> str:
+        """The epochs of each training and the sparsity of each cut, in turn."""
+        phases = self.config.phases()
+        return ", ".join(
+            f"{phase.epochs}" if isinstance(phase, Train) else f"cut to {phase.sparsity:g}"
+            for phase in phases
+        )
+
+    def _unknown(self) -> str:
+        if self.config.profile != "paper":
+            return ""
+        return f"\nunknown    {UNKNOWN[self.config.dataset == 'imagenet']}"
 
 
 def dry_run(config: Config, *, progress: bool = True) -> Estimate:
@@ -73,7 +99,7 @@ def dry_run(config: Config, *, progress: bool = True) -> Estimate:
     device = find_device(config.device)
     with main_process_first():
         data, images, trained, tested = _find(config)
-    data = data.to(device)
+    data = config.normalised(data).to(device)
     model = config.build(data)
     published = PUBLISHED.get((config.dataset, config.model, config.width))
     if published not in (None, found := parameters(model)):
@@ -83,7 +109,7 @@ def dry_run(config: Config, *, progress: bool = True) -> Estimate:
     timed = _Timed(_first(data, STEPS * config.batch_size, config.batch_size))
     phases = config.phases(next(_first(data, 2, 2).test_batches(2))[0])
     short = [replace(p, epochs=1) if isinstance(p, Train) else p for p in phases]
-    train(model, timed, short, **config.options(progress=progress))
+    left = train(model, timed, short, **config.options(progress=progress))[-1]
 
     # From the seconds of an image to those of a step of each phase, and of the whole run.
     read = timed.read_seconds()
@@ -98,6 +124,8 @@ def dry_run(config: Config, *, progress: bool = True) -> Estimate:
         images,
         device=torch.cuda.get_device_name(device) if on_gpu else device.type,
         parameters=found,
+        kept_weights=left["kept_weights"],
+        kept_parameters=left["kept_parameters"],
         step_seconds=max(each),
         read_seconds=None if read is None else read * config.batch_size,
         steps=sum(steps),

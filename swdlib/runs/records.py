@@ -17,7 +17,12 @@ NOT_ADDRESSED = ("data_root", "device", "tracker")
 
 # Settings that were added later: at these values, which earlier runs had, they do not change the
 # address.
-AS_BEFORE = {"growth": "exponential", "growth_end": 1.0}
+AS_BEFORE = {
+    "growth": "exponential",
+    "growth_end": 1.0,
+    "budget": "equal",
+    "normalisation": "measured",
+}
 
 # A row's histogram of the weights counts log10 |w| in equal bins, from 1e-12 to 10: under a strong
 # penalty weights get that small.
@@ -54,9 +59,12 @@ class Record:
         if self.status != "finished":
             return f"{self.status}: {self.provenance.get('error', '')}"
         last = self.final
+        kept = f"{last.get('kept_parameters', last['parameters']):,} parameters"
+        if "kept_weights" in last:  # rows of earlier versions do not count them
+            kept = f"{last['kept_weights']:,} weights and, of the whole network, {kept}"
         return (
-            f"Top-1 {last['top1']:.2f} %, loss {last['loss']:.4f}, {last['parameters']:,} "
-            f"parameters kept, {100 * last['sparsity']:.2f} % of the prunable weights removed"
+            f"Top-1 {last['top1']:.2f} %, loss {last['loss']:.4f}, {kept} kept, "
+            f"{100 * last['sparsity']:.2f} % of the prunable weights removed"
         )
 
 

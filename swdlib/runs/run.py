@@ -1,5 +1,6 @@
 """Runs: a configuration in, a record out. A run on record is not trained again."""
 
+import copy
 import hashlib
 import platform
 import subprocess
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from swdlib.data.load import AnyDataset, load_data
 from swdlib.deploy.shrinking import shrink
 from swdlib.deploy.stored import is_stored, save_sparse
-from swdlib.masks import NotFinite
+from swdlib.masks import NotFinite, kept
 from swdlib.metrics import count_macs, evaluate, in_eval, latencies, parameters, recalibrated
+from swdlib.published import zero_unread_
 from swdlib.runs import records
 from swdlib.runs.config import Config
 from swdlib.runs.devices import Tracker, find_device, is_main_process, main_process_first
@@ -28,7 +30,7 @@ from swdlib.runs.training import Row, train
 from swdlib.structures import is_prunable
 
 # Structures whose units can be cut out of the network, which is then measured once more.
-SHRINKABLE = ("filters", "channels", "filters_and_channels")
+SHRINKABLE = ("filters", "channels", "filters_and_channels", "tessier_scales", "tessier_filters")
 
 BUSY = 75  # exit status of `swdlib run` for Busy; sysexits.h: temporary failure, try again later
 
@@ -61,6 +63,7 @@ def run(
                 checkpoint.unlink(missing_ok=True)
             root, holdout = config.data_root, config.holdout
             data = load_data(config.dataset, root, device=device, holdout=holdout)
+            data = config.normalised(data)
         model = config.build(data)
         options = config.options(checkpoint=checkpoint, code=code_digest(), progress=progress)
         if config.tracker:
@@ -84,7 +87,8 @@ def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str
         example = next(data.test_batches(2))[0]
         rows = train(model, data, config.phases(example), **options)
         if config.structure in SHRINKABLE:
-            rows.append(_measure_shrunk(model, data, example, rows[-1]))
+            published = config.structure.startswith("tessier")
+            rows.append(_measure_shrunk(model, data, example, rows[-1], published))
         twin = recalibrated(model, data)
         if twin is not None:
             measured = evaluate(twin, data)
@@ -94,9 +98,17 @@ def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str
     return Record(settings, rows, facts)
 
 
-def _measure_shrunk(model: nn.Module, data: AnyDataset, example: Tensor, last: Row) -> Row:
-    """The row of the shrunk network: measured again, and timed on one image beside the dense."""
-    masks = {name: p.detach() != 0 for name, p in model.named_parameters()}
+def _measure_shrunk(
+    model: nn.Module, data: AnyDataset, example: Tensor, last: Row, by_scale: bool
+) -> Row:
+    """The row of the shrunk network: measured again, and timed on one image beside the dense.
+
+    With `by_scale`, maps of scale zero are taken not to be read.
+    """
+    masked = copy.deepcopy(model)
+    if by_scale:
+        zero_unread_(masked)
+    masks = {name: p.detach() != 0 for name, p in masked.named_parameters()}
     small, image = shrink(model, masks, example), example[:1]
     with in_eval(model), in_eval(small), torch.inference_mode():
         seconds = latencies({"dense": partial(model, image), "shrunk": partial(small, image)})
@@ -105,6 +117,7 @@ def _measure_shrunk(model: nn.Module, data: AnyDataset, example: Tensor, last: R
         "kind": "shrink",
         **evaluate(small, data),
         "parameters": parameters(small),
+        **kept(small),
         "macs": count_macs(small, image),
         "dense_macs": count_macs(model, image),
         "latency_ms": 1000 * seconds["shrunk"],

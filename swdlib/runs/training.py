@@ -34,6 +34,7 @@ from swdlib.masks import (
     check_reachable,
     emptied,
     find_groups,
+    kept,
     select,
     sparsity_of,
 )
@@ -190,7 +191,7 @@ class _Loop:
                         self._train(phase)
                     done = self.at
                     self.at = _Position(done.phase + 1, epochs=done.epochs, steps=done.steps)
-                    self.optimizer = self.penalty = None
+                    self.penalty = None
         finally:
             self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
             for tracker in self.accelerator.trackers:
@@ -200,18 +201,20 @@ class _Loop:
     def _cut(self, phase: Prune) -> None:
         groups = find_groups(self.model, phase.structure)
         masks = select(groups, phase.sparsity, phase.criterion, phase.allocation)
-        # Another structure or a lower sparsity must not revive what an earlier cut removed.
-        self.masks |= {n: m & self.masks[n] if n in self.masks else m for n, m in masks.items()}
-        apply_(self.model, self.masks)
+        apply_(self.model, masks)
+        if phase.held:
+            # Another structure or a lower sparsity must not revive what an earlier cut removed.
+            self.masks |= {n: m & self.masks[n] if n in self.masks else m for n, m in masks.items()}
         self._add_row("prune", {"emptied": len(emptied(self.masks))})
 
     def _train(self, phase: Train) -> None:
         steps = phase.epochs * self.steps_per_epoch
-        optimizer = self.options.optimizer(self.model.parameters())
+        if self.optimizer is None or not phase.keep_momentum:
+            made = self.options.optimizer(self.model.parameters())
+            self.optimizer = self.accelerator.prepare(made)
         self.penalty = phase.penalty(self.model, steps=steps) if phase.penalty else None
         if self.penalty:
-            self.penalty.attach(optimizer)
-        self.optimizer = self.accelerator.prepare(optimizer)
+            self.penalty.attach(self.optimizer)
         self._restore()
         while self.at.epoch < phase.epochs:
             self._epoch(phase)
@@ -294,6 +297,7 @@ class _Loop:
             "phase": self.at.phase,
             "epoch": self.at.epochs,
             "step": self.at.steps,
+            **kept(self.model, masks),
             **(self.penalty.report() if self.penalty else {}),
             **measured,
             **means(self.accelerator.reduce(sums)),
@@ -367,10 +371,13 @@ def _in_words(setting: Any) -> str:
     """A phase, or a setting of one, in words that are the same in every process."""
     if isinstance(setting, Train):
         penalty = f" with {_in_words(setting.penalty)}" if setting.penalty else ""
-        return f"{setting.epochs} epochs at {_in_words(setting.lr)}{penalty}"
+        kept = ", momentum kept" if setting.keep_momentum else ""
+        return f"{setting.epochs} epochs at {_in_words(setting.lr)}{penalty}{kept}"
     if isinstance(setting, Prune):
         by = _in_words(setting.criterion), _in_words(setting.allocation)
-        return f"cut {setting.sparsity:g} of {_in_words(setting.structure)} by {', '.join(by)}"
+        once = "" if setting.held else ", once"
+        cut = f"cut {setting.sparsity:g} of {_in_words(setting.structure)}"
+        return f"{cut} by {', '.join(by)}{once}"
     if isinstance(setting, partial):
         return f"{_in_words(setting.func)}({_listed(setting.keywords)})"
     if isinstance(setting, FunctionType):
