@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -151,6 +152,18 @@ def test_plot_is_written_to_a_file(several: Path) -> None:
     target = several / "plot.svg"
     cli.main(["plot", str(target), "--records", str(several), "--where", "recipe=swd"])
     assert "<svg" in target.read_text("utf-8")
+
+
+def test_figure_of_the_results_is_drawn_by_the_command_on_its_page(tmp_path: Path) -> None:
+    page = (GRIDS.parent / "results.md").read_text("utf-8")
+    [command] = re.findall(r"^```sh\nswdlib (.*?)\n```", page, re.MULTILINE | re.DOTALL)
+    arguments = shlex.split(command.replace("\\\n", ""))
+    arguments[1] = str(tmp_path / arguments[1])
+    cli.main([*arguments, "--records", str(GRIDS.parent / "records" / "laptop")])
+    drawn, stored = (
+        (folder / "accuracy.svg").read_text() for folder in (tmp_path, GRIDS.parent / "_static")
+    )
+    assert drawn.count("<use ") == stored.count("<use ")  # as many points
 
 
 def test_network_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
