@@ -17,7 +17,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.transforms import Affine2D
-from scipy import stats
+from scipy.special import stdtrit
 
 from swdlib.runs.records import HISTOGRAM_RANGE
 
@@ -90,7 +90,7 @@ def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def interval(values: Any) -> tuple[float, float]:
     """The mean of two values or more, and half of its 95 % interval by Student's t."""
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    half = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(len(values))
     return float(np.mean(values)), float(half)
 
 
