@@ -258,7 +258,8 @@ def _text(table: "pd.DataFrame", sort: str | None = None) -> str:
     ends = ends[[name for name in (*names, "measured_on", *RESULTS) if name in ends]]
     digits = {"loss": 4, "top1": 2, "renewed_top1": 2, "sparsity": 4}
     shown = ends.round(digits).rename(columns={"renewed_top1": "recalibrated"})
-    return shown.convert_dtypes().astype(object).fillna("-").to_string(index=False)
+    shown = shown.convert_dtypes().astype(object)  # whole numbers as such, though some are missing
+    return shown.where(shown.notna(), "-").to_string(index=False)
 
 
 def _plot(options: argparse.Namespace) -> None:
