@@ -78,7 +78,7 @@ def solutions(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.MULTILINE | re.DOTALL)
 
 
-def rerun(name: str, folder: Path, told: Sequence[str] = (), **parameters: Any) -> list[Any]:
+def rerun(name: str, folder: Path, told: Sequence[str] = (), /, **parameters: Any) -> list[Any]:
     """Run a notebook, and cells with what is `told`, from a folder that is not the book's.
 
     Return the cells that ran, outputs and all.
