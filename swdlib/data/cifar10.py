@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -124,7 +124,7 @@ def _load_archive(archive: Path) -> Dataset:
         _check_md5(archive, CIFAR10.tgz_md5)
         with tempfile.TemporaryDirectory() as folder:
             # The first releases of Python 3.10 and 3.11 have no filters; the archive is known.
-            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            safe: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             shutil.unpack_archive(archive, folder, "gztar", **safe)
             return _read_files(Path(folder))
 
