@@ -16,8 +16,8 @@ from swdlib.metrics import evaluate, parameters
 from swdlib.models import build_model
 from swdlib.runs import records
 from swdlib.runs.config import Config
-from swdlib.runs.records import Record
-from swdlib.runs.run import git
+from swdlib.runs.records import Record, digest
+from swdlib.runs.run import git, network_of
 from swdlib.structures import is_prunable
 
 if sys.version_info >= (3, 11):
@@ -84,16 +84,17 @@ def audit(path: Path, data_root: Path | None = None, known: Known = None) -> Aud
             found.problems.append(f"it belongs at {home}")
         if record.status not in ("finished", "diverged"):
             found.problems.append(f"status must be finished or diverged, not {record.status!r}")
-        elif record.status == "finished" and not record.rows:
-            found.problems.append("it is finished, but has no rows")
         elif record.status == "finished":
             found.problems += _rows(record)
             found.problems += _sizes(record)
         _code(record, found)
         data = _data(record, found, data_root, known)
-        if data is not None and record.status == "finished":
+        has_network = network_of(path).is_file()
+        if has_network and digest(network_of(path).read_bytes()) != record.provenance["network"]:
+            found.problems.append(f"{network_of(path).name} is not the network of this run")
+        if has_network and data is not None and record.status == "finished":
             _figures(record, found, data)
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # one record must not stop the audit of others
         found.problems.append(f"it cannot be read: {error!r}")
     return found
 
@@ -106,7 +107,7 @@ def _rows(record: Record) -> Iterator[str]:
         if sorted(everything) != everything or sorted(set(trained)) != trained:
             yield f"rows: {name} must rise"
     epochs = [row["epoch"] for row in record.rows if row["kind"] == "train"]
-    if epochs != list(range(1, _epochs(record.config) + 1)):
+    if epochs != [*range(1, len(epochs) + 1)] or len(epochs) != _epochs(record.config):
         yield f"rows: epochs must be 1 to {_epochs(record.config)}, not {epochs}"
     for number, row in enumerate(record.rows):
         measured = [row[name] for name in ("loss", "top1", "top5", "sparsity", "parameters")]
@@ -204,9 +205,7 @@ def _load(name: str, holdout: float, root: Path | None) -> AnyDataset | None:
 
 def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
     """Load the network that lies beside the record, and measure it again."""
-    path = found.path.with_suffix(".safetensors.zlib")
-    if not path.is_file():
-        return
+    path = network_of(found.path)
     found.figures = "computed again"
     try:
         config = Config(**{**record.config, "device": "cpu"})
