@@ -225,7 +225,8 @@ def read_image(file: Path, view: Callable[[Image.Image], Image.Image]) -> Tensor
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        # Of other formats, some are handed to other programs: PostScript to Ghostscript.
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
             pixels = np.array(view(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} cannot be read as an image: {error}") from error

@@ -17,7 +17,7 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 from swdlib import missing, require_extra
 from swdlib.deploy import stored
 from swdlib.deploy.shrinking import shrink
-from swdlib.masks import Masks, apply_
+from swdlib.masks import Masks, apply_, kept
 from swdlib.metrics import bytes_on_disk, count_macs, in_eval, latencies, parameters
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 class Report:
     """What pruning gains, and in `text` what it cannot gain and why; `print` shows both.
 
-    `table` has a row for each network and the columns `parameters`; `macs`, multiply-accumulates
-    for one image; `bytes` on disk; `latency_ms`, milliseconds for one image; `images_per_s`, the
+    `table` has a row for each network and the columns `parameters`; `kept_weights` and
+    `kept_parameters`, those that are not zero (see `masks.kept`); `macs`, multiply-accumulates for
+    one image; `bytes` on disk; `latency_ms`, milliseconds for one image; `images_per_s`, the
     throughput at the example's batch size; `difference`, the largest difference between its outputs
     and those of the masked network.
     """
@@ -39,7 +40,8 @@ class Report:
 
     def __str__(self) -> str:
         whole, few = "{:,.0f}".format, "{:,.4g}".format
-        formats = dict.fromkeys(("parameters", "macs", "bytes"), whole)
+        counts = ("parameters", "kept_weights", "kept_parameters", "macs", "bytes")
+        formats = dict.fromkeys(counts, whole)
         formats |= {"latency_ms": few, "images_per_s": few, "difference": "{:.1e}".format}
         return f"{self.table.to_string(formatters=formats)}\n\n{self.text}"
 
@@ -48,6 +50,7 @@ class Report:
 class _Network:
     run: Callable[[Tensor], Tensor]
     parameters: int
+    kept: dict[str, int]
     macs: int
     bytes: int
 
@@ -79,6 +82,7 @@ def report(model: nn.Module, masks: Masks, example: Tensor, *, rounds: int = 5) 
     rows = {
         name: {
             "parameters": network.parameters,
+            **network.kept,
             "macs": network.macs,
             "bytes": network.bytes,
             "latency_ms": 1e3 * single[name],
@@ -106,12 +110,12 @@ def _networks(
 
     masked = copy.deepcopy(model).eval()
     apply_(masked, masks)
-    macs, kept = count_macs(model, one), parameters(model, masks)
-    smaller = parameters(shrunk), count_macs(shrunk, one)
+    macs, left = count_macs(model, one), (parameters(model, masks), kept(model, masks))
+    smaller = parameters(shrunk), kept(shrunk), count_macs(shrunk, one)
     file = bytes_on_disk(lambda path: stored.save_sparse(masked, masks, path))
     networks = {
-        "dense": _Network(model, parameters(model), macs, dense_bytes(model)),
-        "masked": _Network(masked, kept, macs, file),
+        "dense": _Network(model, parameters(model), kept(model), macs, dense_bytes(model)),
+        "masked": _Network(masked, *left, macs, file),
         "shrunk": _Network(shrunk, *smaller, dense_bytes(shrunk)),
     }
     fits_onnxruntime = one.device.type == "cpu" and one.dtype == torch.float32
@@ -123,7 +127,7 @@ def _networks(
         networks["onnxruntime"] = _Network(run, *smaller, size)
     sparse = sparse_linears(model, masks)
     if skipped := macs_skipped(sparse, one):
-        networks["sparse kernels"] = _Network(sparse, kept, macs - skipped, file)
+        networks["sparse kernels"] = _Network(sparse, *left, macs - skipped, file)
     return networks
 
 

@@ -20,8 +20,8 @@ from swdlib.metrics import evaluate, parameters
 from swdlib.models import build_model
 from swdlib.runs import records
 from swdlib.runs.config import Config
-from swdlib.runs.records import Record
-from swdlib.runs.run import SHRINKABLE, git
+from swdlib.runs.records import Record, digest
+from swdlib.runs.run import SHRINKABLE, git, network_of
 from swdlib.structures import is_prunable
 
 if sys.version_info >= (3, 11):
@@ -90,21 +90,22 @@ def audit(path: Path, data_root: Path | None = None, known: Known = None) -> Aud
             found.problems.append(f"it belongs at {home}")
         if record.status not in ("finished", "diverged"):
             found.problems.append(f"status must be finished or diverged, not {record.status!r}")
-        elif record.status == "finished" and not record.rows:
-            found.problems.append("it is finished, but has no rows")
         elif record.status == "finished":
             found.problems += _rows(record)
             found.problems += _sizes(record)
         _code(record, found)
         data = _data(record, found, data_root, known)
-        if data is not None and record.status == "finished":
+        has_network = network_of(path).is_file()
+        if has_network and digest(network_of(path).read_bytes()) != record.provenance["network"]:
+            found.problems.append(f"{network_of(path).name} is not the network of this run")
+        if has_network and data is not None and record.status == "finished":
             _figures(record, found, data)
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # one record must not stop the audit of others
         found.problems.append(f"it cannot be read: {error!r}")
     return found
 
 
-def network_of(config: Mapping[str, Any]) -> nn.Module:
+def untrained(config: Mapping[str, Any]) -> nn.Module:
     """A network as a record's configuration says, with other weights."""
     channels, size, classes, *_ = IMAGES[config["dataset"]]
     width = config["width"]
@@ -117,13 +118,13 @@ def export(path: Path, *, onnx: str | None, dense: str | None, sparse: str | Non
     `onnx` is without the filters or channels that were removed; `dense` is a file of safetensors
     with every weight, zeros too; `sparse` is as `deploy.save_sparse` writes it.
     """
-    config, stored = records.load(path).config, path.with_suffix(".safetensors.zlib")
+    config, stored = records.load(path).config, network_of(path)
     if not stored.is_file():
         raise FileNotFoundError(
             f"{stored} is missing: the record came without its network, which the same run makes "
             f"again, with --again"
         )
-    network = network_of(config)
+    network = untrained(config)
     load_sparse(network, stored)
     if sparse:
         write_whole(Path(sparse), lambda file: file.write_bytes(stored.read_bytes()))
@@ -147,7 +148,7 @@ def _rows(record: Record) -> Iterator[str]:
         if sorted(everything) != everything or sorted(set(trained)) != trained:
             yield f"rows: {name} must rise"
     epochs = [row["epoch"] for row in record.rows if row["kind"] == "train"]
-    if epochs != list(range(1, _epochs(record.config) + 1)):
+    if epochs != [*range(1, len(epochs) + 1)] or len(epochs) != _epochs(record.config):
         yield f"rows: epochs must be 1 to {_epochs(record.config)}, not {epochs}"
     for number, row in enumerate(record.rows):
         measured = [row[name] for name in ("loss", "top1", "top5", "sparsity", "parameters")]
@@ -167,7 +168,7 @@ def _sizes(record: Record) -> Iterator[str]:
     """Compare sparsity and parameters with the network that the configuration builds."""
     config = record.config
     with torch.device("meta"):  # takes no memory and draws no weights
-        network = network_of(config)
+        network = untrained(config)
     total = parameters(network)
     prunable = sum(p.numel() for p in network.parameters() if is_prunable(p))
     by_weight = config["structure"] in ("weights", None)
@@ -242,9 +243,7 @@ def _load(name: str, holdout: float, root: Path | None) -> AnyDataset | None:
 
 def _figures(record: Record, found: Audit, data: AnyDataset) -> None:
     """Load the network that lies beside the record, and measure it again."""
-    path = found.path.with_suffix(".safetensors.zlib")
-    if not path.is_file():
-        return
+    path = network_of(found.path)
     found.figures = "computed again"
     try:
         config = Config(**{**record.config, "device": "cpu"})

@@ -77,8 +77,18 @@ def address(config: dict[str, Any]) -> str:
     without = {**dict.fromkeys(config), **AS_BEFORE}
     counted = {k: v for k, v in config.items() if v is not None and v != without[k]}
     addressed = {k: v for k, v in counted.items() if k not in NOT_ADDRESSED}
-    text = json.dumps(addressed, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(json.dumps(addressed, sort_keys=True, allow_nan=False).encode())
+
+
+def digest(content: bytes) -> str:
+    """Sixteen hexadecimal digits that identify the bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """That of a record's content, whatever the order and the spaces in its file."""
+    counted = {name: value for name, value in content.items() if name != "checksum"}
+    return digest(json.dumps(counted, sort_keys=True).encode())
 
 
 def path_of(config: dict[str, Any], folder: Path) -> Path:
@@ -102,6 +112,7 @@ def default_folder() -> Path:
 def save(record: Record, folder: Path) -> Path:
     """Write the record, whole or not at all, and return its path."""
     content = asdict(record)
+    content["checksum"] = checksum(content)
     # One line for each row: the files are small, and changes to them can be read.
     rows = ",\n".join("  " + json.dumps(row) for row in content.pop("rows"))
     head = json.dumps(content, indent=1)
@@ -113,10 +124,20 @@ def save(record: Record, folder: Path) -> Path:
 
 def load(path: Path) -> Record:
     """Read a record; ValueError if it is damaged, or if its name and configuration disagree."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is no readable record: it is no file")
     try:
-        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("checksum", None) != (own := checksum(content)):
+            raise ValueError(f"its content has been changed since it was written: it has {own}")
+        record = Record(**content)
+        if not isinstance(record.provenance, dict):
+            raise ValueError(f"provenance must be a table, not {record.provenance!r:.80}")
         expected = address(record.config)
-    except (TypeError, AttributeError, ValueError) as error:
+        if record.status == "finished" and not record.rows:
+            raise ValueError("it is finished, but has no rows")
+        record.summary()
+    except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no readable record: {error}") from error
     if not path.stem.endswith(expected):
         raise ValueError(f"{path} has been changed: its configuration has the address {expected}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from swdlib.data.load import AnyDataset, load_data
 from swdlib.deploy.shrinking import shrink
 from swdlib.deploy.stored import is_stored, save_sparse
+from swdlib.files import remove_unfinished
 from swdlib.masks import NotFinite, kept
 from swdlib.metrics import count_macs, evaluate, in_eval, latencies, parameters, recalibrated
 from swdlib.published import zero_unread_
@@ -51,21 +52,29 @@ def run(
     """
     folder = Path(folder or records.default_folder())
     path = records.path_of(config.settings(), folder)
-    if path.exists() and not again:
+    checkpoint = lock_of(path).with_suffix(".pt")
+
+    def is_done() -> bool:
+        # A checkpoint beside the record is of a run with `again` that was stopped.
+        return path.exists() and not again and not checkpoint.exists()
+
+    if is_done():
         return records.load(path)
     device = find_device(config.device)  # the processes of one accelerate run find each other
     with lock(lock_of(path)) if is_main_process() else nullcontext():
-        checkpoint = lock_of(path).with_suffix(".pt")
         with main_process_first():
-            if path.exists() and not again:  # another process was faster
+            if is_done():  # another process was faster
                 return records.load(path)
+            for file in (checkpoint, path, network_of(path)):
+                remove_unfinished(file)
             if again:
                 checkpoint.unlink(missing_ok=True)
             root, holdout = config.data_root, config.holdout
             data = load_data(config.dataset, root, device=device, holdout=holdout)
             data = config.normalised(data)
         model = config.build(data)
-        options = config.options(checkpoint=checkpoint, code=code_digest(), progress=progress)
+        identity = f"{records.address(config.settings())} by code {code_digest()}"
+        options = config.options(checkpoint=checkpoint, identity=identity, progress=progress)
         if config.tracker:
             trackers = path.parent / "trackers"
             options["log_to"] = Tracker(config.tracker, trackers, path.stem, config.settings())
@@ -73,7 +82,8 @@ def run(
         if is_main_process():
             weights = {name: p.detach() for name, p in model.named_parameters() if is_prunable(p)}
             masks = {name: is_stored(weight) for name, weight in weights.items()}
-            save_sparse(model, masks, path.with_suffix(".safetensors.zlib"))
+            save_sparse(model, masks, network_of(path))
+            record.provenance["network"] = records.digest(network_of(path).read_bytes())
             records.save(record, folder)
             checkpoint.unlink(missing_ok=True)
         return record
@@ -176,6 +186,11 @@ def git(*arguments: str) -> str | None:
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def network_of(path: Path) -> Path:
+    """The file of the trained network that belongs to the record `path`."""
+    return path.with_suffix(".safetensors.zlib")
 
 
 def code_digest() -> str:

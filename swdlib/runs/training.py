@@ -17,6 +17,7 @@ from inspect import getclosurevars
 from pathlib import Path
 from types import FunctionType
 from typing import Any, get_args
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ class Options:
             give wrong gradients (`devices.can_be_channels_last`), they do not.
         checkpoint: file that a stopped run resumes from, bit for bit on a CPU.
         save_every: steps between two writes of the checkpoint.
-        code: identifies the code of this run: a checkpoint of other code is refused.
+        identity: names the run, such as its configuration and code: a checkpoint of another one
+            is refused, as is one of other data.
         progress: whether a bar is shown, or where that is no terminal, a line for each row.
         log_to: tracker that the numbers of each row are sent to.
     """
@@ -86,7 +88,7 @@ class Options:
     channels_last: bool = False
     checkpoint: Path | None = None
     save_every: int = 200
-    code: str = ""
+    identity: str = ""
     progress: bool = True
     log_to: Tracker | None = None
 
@@ -332,9 +334,10 @@ class _Loop:
 
     def _identity(self) -> dict[str, Any]:
         """What a run and its checkpoint must agree in."""
-        names = ("seed", "batch_size", "precision", "clip", "code")
+        names = ("seed", "batch_size", "precision", "accumulate", "clip", "identity")
         given = {name: getattr(self.options, name) for name in names}
-        return {**given, "phases": [_in_words(phase) for phase in self.phases]}
+        data = getattr(self.data, "fingerprint", "")
+        return {**given, "data": data, "phases": [_in_words(phase) for phase in self.phases]}
 
     def _resume(self) -> None:
         """Take position, rows, weights and masks from the checkpoint, if there is one."""
@@ -396,18 +399,31 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, text, lists and dicts of them) to `path`."""
-    write_whole(path, lambda file: torch.save(state, file))
+
+    def write(file: Path) -> None:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch does not say what the system said
+            raise OSError(f"{path} could not be written; is the disk full? ({error})") from error
+
+    write_whole(path, write)
 
 
 def load_checkpoint(path: Path | None) -> dict[str, Any]:
     """The state in `path`, tensors on the CPU; empty if there is no such file.
 
-    Nothing in the file can run code. ValueError if it is damaged.
+    Nothing in the file can run code. ValueError if it is damaged, be it by one bit.
     """
     if path is None or not path.exists():
         return {}
     try:
+        with ZipFile(path) as file:
+            # torch does not compare checksums, and what it writes is never compressed.
+            if file.testzip() or any(part.compress_type for part in file.infolist()):
+                raise ValueError("its content does not fit its checksums")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
     except Exception as error:
         raise ValueError(f"{path} is no readable checkpoint; delete it to start again") from error
     return state

@@ -12,13 +12,14 @@ from torchvision.models import VisionTransformer
 import swdlib
 from swdlib import deploy
 from swdlib.deploy import Report, report
-from swdlib.masks import Masks, find_groups, select
+from swdlib.masks import Masks, find_groups, kept, select
 from swdlib.metrics import count_macs, parameters
 from swdlib.models import build_model
 from swdlib.structures import Structure, channels, filters, weights
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-COLUMNS = ["parameters", "macs", "bytes", "latency_ms", "images_per_s", "difference"]
+COUNTS = ["parameters", "kept_weights", "kept_parameters"]
+COLUMNS = [*COUNTS, "macs", "bytes", "latency_ms", "images_per_s", "difference"]
 
 
 def pruned(
@@ -55,6 +56,8 @@ def test_filters_leave_in_fact(of_filters: tuple[nn.Module, Masks, Report]) -> N
     assert masked["parameters"] == shrunk["parameters"] == parameters(model, masks)
     assert onnx["parameters"] == shrunk["parameters"] < 0.4 * dense["parameters"]
     assert dense["macs"] == masked["macs"] == count_macs(model, IMAGES[:1])
+    assert masked["kept_parameters"] == kept(model, masks)["kept_parameters"]
+    assert dense["kept_weights"] == kept(model)["kept_weights"] > masked["kept_weights"]
     assert onnx["macs"] == shrunk["macs"] < dense["macs"]
     assert 4 * dense["parameters"] < dense["bytes"] < 4 * dense["parameters"] + 4096
     assert shrunk["bytes"] < 0.5 * dense["bytes"] and masked["bytes"] < 0.5 * dense["bytes"]
@@ -195,5 +198,5 @@ def test_the_public_names_are_there() -> None:
 def test_a_report_is_a_table_and_a_text() -> None:
     table = pd.DataFrame([dict.fromkeys(COLUMNS, 1234.5678)], index=["dense"])
     lines = str(Report(table, "Why.")).splitlines()
-    assert lines[1].split() == ["dense", "1,235", "1,235", "1,235", "1,235", "1,235", "1.2e+03"]
+    assert lines[1].split() == ["dense", *["1,235"] * 7, "1.2e+03"]
     assert lines[-2:] == ["", "Why."]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from swdlib.runs import check as audits
 from swdlib.runs import records
 from swdlib.runs.check import Audit, audit, audit_all
 from swdlib.runs.config import Config
-from swdlib.runs.run import code, run
+from swdlib.runs.run import code, network_of, run
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,6 +53,7 @@ def tampered(folder: Path, change: Callable[[dict[str, Any]], object]) -> Audit:
     path = record_in(folder)
     content = json.loads(path.read_text("utf-8"))
     change(content)
+    content["checksum"] = records.checksum(content)  # whoever tampers may know of it
     path.write_text(json.dumps(content), "utf-8")
     [found] = audit_all(folder)
     return found
@@ -194,15 +196,52 @@ def test_another_network_beside_the_record_is_found(folder: Path) -> None:
     mask[place] = True
     save_sparse(network, masks, path)
     [found] = audit_all(folder)
-    [problem] = found.problems
+    another, problem = found.problems
+    assert "is not the network of this run" in another
     assert "weights are zero, not" in problem
     for damage in (b"", path.read_bytes()[:-9]):
         path.write_bytes(damage)
         [found] = audit_all(folder)
-        assert "does not hold its network" in found.problems[0]
+        assert "does not hold its network" in found.problems[1]
     save_file({"weight": torch.zeros(1)}, path)
     [found] = audit_all(folder)
-    assert "does not hold its network" in found.problems[0]
+    assert "does not hold its network" in found.problems[1]
+
+
+def test_rows_and_network_of_another_run_are_found(folder: Path) -> None:
+    """Of seed 1 under the configuration of seed 0, with the checksum made new or not."""
+    other = dataclasses.replace(CONFIG, seed=1)
+    run(other, folder, progress=False)
+    path, theirs = record_in(folder), records.path_of(other.settings(), folder)
+    content = json.loads(path.read_text("utf-8"))
+    content["rows"] = json.loads(theirs.read_text("utf-8"))["rows"]
+    path.write_text(json.dumps(content), "utf-8")
+    assert "has been changed since it was written" in audit(path).problems[0]
+    content["checksum"] = records.checksum(content)
+    path.write_text(json.dumps(content), "utf-8")
+    assert any("is" in problem for problem in audit(path).problems)
+    network_of(path).write_bytes(network_of(theirs).read_bytes())
+    assert "is not the network of this run" in audit(path).problems[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["config"].update(epochs=10**9),
+        lambda content: content["rows"][0].update(parameters=10**400),
+        lambda content: content.update(provenance=None),
+        lambda content: content.update(rows=5),
+    ],
+)
+def test_numbers_of_any_size_take_no_memory(change: Any, folder: Path) -> None:
+    assert tampered(folder, change).problems
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "smoke" / "pipe.json")
+    _, found = audit_all(folder)
+    assert "it is no file" in found.problems[0]
 
 
 def test_without_the_network_figures_are_not_computed_again(folder: Path) -> None:

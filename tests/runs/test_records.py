@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -73,8 +74,44 @@ def test_a_record_whose_configuration_was_edited_is_refused(tmp_path: Path) -> N
     path = records.save(record(), tmp_path)
     content = json.loads(path.read_text("utf-8"))
     content["config"]["seed"] = 7
+    content["checksum"] = records.checksum(content)
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=f"address {records.address(config(seed=7))}"):
+        records.load(path)
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    path, generator = records.save(record(), tmp_path), random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            found = records.load(path)
+        except ValueError as error:
+            assert path.name in str(error)
+        else:
+            assert found == record()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rows": []},
+        {"rows": [{}]},
+        {"rows": 5},
+        {"rows": None},
+        {"config": 3},
+        {"provenance": None},
+    ],
+)
+def test_a_record_of_another_shape_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    path = records.save(record(), tmp_path)
+    content = {**json.loads(path.read_text("utf-8")), **values}
+    content["checksum"] = records.checksum(content)
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(ValueError, match="is no readable record"):
         records.load(path)
 
 

@@ -59,7 +59,8 @@ def test_every_recipe_makes_a_record(recipe: str, structure: str, tmp_path: Path
         total = sum(final["weights"]["counts"]) + final["weights"]["zeros"]
         assert final["sparsity"] == pytest.approx(round(0.5 * total) / total, abs=1e-12)
     elif structure == "parameters":
-        assert 0.48 < final["sparsity"] < 0.5  # scales of batch norm are counted, and all large
+        # Scales of batch norm are counted, which are large, unless they rank at random.
+        assert 0.48 < final["sparsity"] < (0.52 if recipe == "random_pruning" else 0.5)
     else:
         assert 0.5 <= final["sparsity"] < 0.6  # a filter of a network as small as this is large
 

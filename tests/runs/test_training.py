@@ -261,7 +261,8 @@ def test_settings_that_a_function_holds_are_told_in_words() -> None:
         {"phases": swd(2, Linear(0.1, 0.02), 0.8, weights, 5e-4, 0.1, 1e5, "gradient")},
         {"clip": 1.0},
         {"precision": "bf16"},
-        {"code": "other"},
+        {"identity": "other"},
+        {"accumulate": 3},
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
