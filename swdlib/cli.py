@@ -171,7 +171,7 @@ def _run(options: argparse.Namespace) -> None:
         print(f"swdlib: {config.recipe} does not use {', '.join(unused)}", file=sys.stderr)
     _warn_of_emulation([config])
     if options.dry_run:
-        text = dry_run(config).text()
+        text = dry_run(config, progress=sys.stderr.isatty()).text()
     else:
         path = records.path_of(config.settings(), _folder(options))
         known = path.exists() and not options.again

@@ -341,7 +341,7 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     cli.main(["run", *QUICK, "--dry-run", "--records", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Dry run of swd at sparsity 0.9: cnn of width 4 on digits, 1 epochs, seed 0"
-    assert lines[4].startswith("whole run  23 steps and 2 evaluations: about ")
+    assert lines[6].startswith("whole run  23 steps and 2 evaluations: about ")
     assert not list(tmp_path.iterdir())
 
 
