@@ -270,7 +270,7 @@ def test_a_run_on_a_sample_of_imagenet(
 ) -> None:
     command = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     # Without the profile's bf16, which many processors emulate.
-    command += ["--epochs=1", "--batch-size=64", "--precision=fp32"]
+    command += ["--epochs=1", "--batch-size=64", "--precision=fp32", "--structure=weights"]
     command += ["--data-root", str(imagenet_folder)]
     with pytest.raises(SystemExit, match="one folder of images was found"):
         cli.main(["run", *command, "--records", str(tmp_path)])

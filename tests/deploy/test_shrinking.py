@@ -414,12 +414,12 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     if "googlenet" in name:
         options = {"init_weights": False, "aux_logits": name != "googlenet"}
     model = torchvision.models.get_model(name.split()[0], weights=None, **options)
-    # Nine tenths of two networks repeat what the rest shows, and take minutes.
+    # Most of two networks repeats what the rest shows, and takes minutes.
     if name == "vgg11_bn":
         model.classifier[0], model.classifier[3] = nn.Linear(25_088, 64), nn.Linear(64, 64)
         model.classifier[6] = nn.Linear(64, 10)
     if name == "vit_b_16":
-        del model.encoder.layers[2:]
+        del model.encoder.layers[4:]
     model = randomised(model)
     for key, parameter in model.named_parameters():
         if key.endswith("layer_scale"):  # nearly zero to begin with
