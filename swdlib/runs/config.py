@@ -15,6 +15,7 @@ from torch.optim import SGD
 from swdlib.criteria import CRITERIA, batch_norm_scale, magnitude
 from swdlib.data.load import DATASETS, AnyDataset
 from swdlib.masks import ALLOCATIONS
+from swdlib.metrics import in_eval
 from swdlib.models import MODELS, build_model, check_model
 from swdlib.published import REFERENCES, STD
 from swdlib.published import STRUCTURES as PUBLISHED_STRUCTURES
@@ -183,15 +184,21 @@ class Config:
         return replace(data, std=STD[self.dataset]) if self.normalisation == "published" else data
 
     def build(self, data: AnyDataset) -> nn.Module:
-        """The network for `data`, its weights drawn from the seed; seeds torch's generators."""
+        """The network for `data`, its weights drawn from the seed; seeds torch's generators.
+
+        ValueError if it cannot take images of that size.
+        """
+        shape = {"channels": data.channels, "size": data.size}
         torch.manual_seed(self.seed)
-        return build_model(
-            self.model,
-            channels=data.channels,
-            size=data.size,
-            classes=data.classes,
-            width=self.width,
-        )
+        model = build_model(self.model, **shape, classes=data.classes, width=self.width)
+        try:
+            with in_eval(model), torch.inference_mode():
+                model(torch.zeros(1, data.channels, data.size, data.size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            size = f"{data.size} x {data.size} pixels"
+            message = f"model {self.model!r} cannot take images of {size}: {error}"
+            raise ValueError(message) from error
+        return model
 
     def phases(self, example: Tensor | None = None) -> list[Phase]:
         """The phases of the recipe with these settings.

@@ -2,7 +2,8 @@
 
 import dataclasses
 import inspect
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -88,6 +89,13 @@ def test_addresses_stay_as_they_were() -> None:
     assert address() == "47e1d21dc7416c1b"
     assert address(profile="laptop", sparsity=0.98) == "fb11a67e37786b60"
     assert address(profile="paper", model="resnet20") == "cbd64325e4f02b96"
+
+
+@pytest.mark.parametrize("model", ["inception_v3", "vit_b_32"])
+def test_a_network_that_is_too_large_for_the_images_is_told_before_any_work(model: str) -> None:
+    images = SimpleNamespace(channels=3, size=32, classes=10)
+    with pytest.raises(ValueError, match=f"model '{model}' cannot take images of 32 x 32 pixels"):
+        Config(model=model, dataset="cifar10").build(cast(Any, images))
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULES)
