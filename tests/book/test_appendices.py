@@ -330,7 +330,7 @@ def test_same_files_give_the_same_bytes(tmp_path: Path, run: reruns.Run) -> None
 def test_expected_results_are_over_seeds_alone(tmp_path: Path) -> None:
     def put(top1: float, **changed: Any) -> None:
         config = Config(profile="laptop", **changed).settings()
-        row = {"kind": "train", "top1": top1}
+        row = {"kind": "train", "top1": top1, "loss": 1.0, "parameters": 1, "sparsity": 0.5}
         save(Record(config, [row], {"dataset": {"source": "files"}}), tmp_path)
 
     put(60.0, sparsity=0.5)

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swdlib import SelectiveWeightDecay, deploy, masks, structures
 
+# In a dozen steps the penalty has not yet brought the weights near zero.
+pytestmark = pytest.mark.filterwarnings("ignore::swdlib.swd.NotNeutral")
+
 PAGE = Path(__file__).resolve().parents[2] / "book" / "in-your-script.md"
 SECTIONS = {
     title: re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
