@@ -7,7 +7,7 @@ ranked, penalised, masked and counted, so these four can never disagree. `blocks
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.nn.modules.conv import _ConvNd
 
-from swdlib.channels import Part, find_attentions, trace_units
+from swdlib import trials
+from swdlib.channels import Part
 from swdlib.criteria import Criterion, score_of
 from swdlib.schedules import check_count
 
@@ -295,15 +296,20 @@ def filters_and_channels(example: Tensor) -> Structure:
     return _coupled(example, "filters_and_channels", ("filter", "channel", "head"))
 
 
-def _coupled(example: Tensor, name: str, kinds: Sequence[str]) -> Structure:
+def _coupled(example: Any, name: str, kinds: Sequence[str]) -> Structure:
     def structure(model: nn.Module) -> list[Group]:
         network = dict(model.named_parameters())
-        found = [*trace_units(model, example), *find_attentions(model)]
-        return [
-            Coupled(f.name, f.parts[0].parameter, parts=f.parts, network=network, count=f.count)
-            for f in found
-            if f.kind in kinds and all(part.parameter.requires_grad for part in f.parts)
-        ]
+        found, _ = trials.removable(model, example)
+        groups = []
+        for f in found:
+            parts = tuple(
+                replace(p, parameter=network[p.name]) for p in f.parts if p.role != "buffer"
+            )
+            if f.kind in kinds and all(p.parameter.requires_grad for p in parts):
+                groups.append(
+                    Coupled(f.name, parts[0].parameter, parts=parts, network=network, count=f.count)
+                )
+        return groups
 
     structure.__name__ = name
     return structure
