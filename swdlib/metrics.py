@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
-from swdlib.channels import in_eval
+from swdlib.comparing import in_eval
 from swdlib.masks import Masks
 from swdlib.schedules import check_count
 

@@ -17,9 +17,9 @@ from torch.nn.functional import avg_pool2d
 from torch.nn.modules.conv import _ConvNd
 
 from swdlib import trials
-from swdlib.channels import Part
 from swdlib.criteria import Criterion, score_of
 from swdlib.schedules import check_count
+from swdlib.units import Part
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ class Coupled(Group):
         """
         found: dict[str, tuple[list[tuple[Part, Tensor, Tensor]], Tensor]] = {}
         for part in self.parts:
-            parts, weights = found.setdefault(part.role, ([], torch.zeros(self.count)))
+            role = "weight" if part.role == "tied" else part.role
+            parts, weights = found.setdefault(role, ([], torch.zeros(self.count)))
             inside = (part.units >= 0).nonzero().squeeze(1)
             units = part.units[inside]
             parts.append((part, inside, units))
@@ -299,7 +300,7 @@ def filters_and_channels(example: Tensor) -> Structure:
 def _coupled(example: Any, name: str, kinds: Sequence[str]) -> Structure:
     def structure(model: nn.Module) -> list[Group]:
         network = dict(model.named_parameters())
-        found, _ = trials.removable(model, example)
+        found = trials.removable(model, example).found
         groups = []
         for f in found:
             parts = tuple(

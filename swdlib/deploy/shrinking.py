@@ -1,15 +1,14 @@
 """Shrinking: from a masked network to one that is physically smaller and computes the same."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swdlib import trials
-from swdlib.channels import Found
-from swdlib.cutting import cut
+from swdlib import comparing, trials
 from swdlib.masks import Masks, apply_
-import copy
+from swdlib.units import Found
 
 
 def shrink(model: nn.Module, masks: Masks, example: Any) -> nn.Module:
@@ -24,12 +23,12 @@ def shrink(model: nn.Module, masks: Masks, example: Any) -> nn.Module:
     """
     masked = copy.deepcopy(model)
     apply_(masked, masks)
-    found, _ = trials.removable(model, example)
+    removable = trials.removable(model, example)
     small = copy.deepcopy(masked)
-    cut(small, _find_kept(masked, found))
-    inputs = [example, *trials.inputs_like(example, {}, 2)]
+    removable.cut(small, _find_kept(masked, removable.found))
+    inputs = [example, *comparing.inputs_like(example, {}, 2)]
     try:
-        trials.require_equal(small, masked, inputs)
+        comparing.require_equal(small, masked, inputs)
     except Exception as error:
         raise ValueError(
             f"without its masked channels {type(masked).__name__} computes something else or does "
