@@ -33,7 +33,7 @@ class Follower(TorchDispatchMode, Labels):
 
     def __init__(self, model: nn.Module) -> None:
         TorchDispatchMode.__init__(self)
-        Follower.__init__(self, model)
+        Labels.__init__(self, model)
         # What parameters meet element by element: joined at the end, along dimensions in which the
         # other still varies. A weight for each of a head's features does not tie the heads.
         self.later: list[tuple[Tensor, Tensor, Sequence[int]]] = []
@@ -95,9 +95,30 @@ class Follower(TorchDispatchMode, Labels):
                 pieces = pieces.movedim(dim, 0)
                 self.splits.append((pieces, place_of(sys._getframe(), self.names)))
 
+    def _met(self, operands: Sequence[tuple[Tensor, Sequence[int], bool]], ndim: int) -> Tensor:
+        """The labels where operands meet element by element: (labels, size, whether fixed).
+
+        What is fixed, of parameters or without units, meets the units at the end.
+        """
+        units = [(labels, size) for labels, size, fixed in operands if not fixed]
+        others = [(labels, size) for labels, size, fixed in operands if fixed]
+        if not units:
+            return self.merge(others, ndim)
+        merged = self.merge(units, ndim)
+        self.later += [(merged, labels, size) for labels, size in others]
+        return merged
+
+    def _operand(self, tensor: Tensor, behind: int = 0) -> tuple[Tensor, list[int], bool]:
+        """Of an operand with so many dimensions behind its own: labels, size, whether fixed."""
+        labels = self.of(tensor)
+        size = [*tensor.shape, *[1] * behind]
+        fixed = self.loose(tensor) or not bool((labels > 0).any())
+        return labels.reshape([*labels.shape, *[1] * behind]), size, fixed
+
     def _pointwise(self, op: "_Operation") -> Tensor:
-        inputs = [i for i in op.inputs if i is not op.bound.get("out")]
-        return self.meet(inputs, op.made[0].ndim)
+        inputs = [self._operand(i) for i in op.inputs if i is not op.bound.get("out")]
+        inputs = [i for i in inputs if not bool((i[0] == FREE).all())]
+        return self._met(inputs, op.made[0].ndim)
 
     def _copy(self, op: "_Operation") -> Tensor:
         return self.of(op.inputs[1])
@@ -230,7 +251,7 @@ class Follower(TorchDispatchMode, Labels):
         x = op.bound["input"]
         over = range(x.ndim)[-len(op.bound["normalized_shape"]) :]
         labels = self.joins.collapse(self.of(x), over)
-        return self._normed(op, labels, None)
+        return self._normed(op, labels)
 
     def _batch_norm(self, op: "_Operation") -> list[Tensor]:
         x, labels = op.bound["input"], self.of(op.bound["input"])
@@ -247,26 +268,21 @@ class Follower(TorchDispatchMode, Labels):
             labels = self.joins.collapse(labels, [2]).repeat_interleave(size, 2).flatten(1, 2)
         return self._normed(op, labels, 1)
 
-    def _normed(self, op: "_Operation", labels: Tensor, at: int | None) -> list[Tensor]:
+    def _normed(self, op: "_Operation", labels: Tensor, at: int = -1) -> list[Tensor]:
         x = op.bound["input"]
         for name in ("weight", "bias", "running_mean", "running_var"):
             if (p := op.bound.get(name)) is not None:
                 beside = self.beside.get(storage_of(p))
                 if name == "weight" and beside and beside.owner:
                     beside.owner.roles[p.ndim - 1].add("scale")
-                self._beside_units(labels, p, x.ndim, at)
+                labels = self._with_vector(labels, p, at)
         return [labels]
 
-    def _beside_units(self, labels: Tensor, vector: Tensor, ndim: int, at: int | None) -> None:
-        """A vector meets, along dimension `at`, a tensor with these labels."""
-        own, size = self.of(vector), list(vector.shape)
-        if at is not None and vector.ndim == 1:
-            behind = [1] * (ndim - 1 - at)
-            own, size = own.reshape(-1, *behind), [*size, *behind]
-        if self.loose(vector) or not (own > 0).any():
-            self.later.append((labels, own, size))
-        else:
-            self.merge([(labels, labels.shape), (own, size)], ndim)
+    def _with_vector(self, labels: Tensor, vector: Tensor, at: int = -1) -> Tensor:
+        """Labels of a tensor that a vector along dimension `at` is added to or multiplied with."""
+        behind = labels.ndim - 1 - at % labels.ndim
+        operand = self._operand(vector, behind if vector.ndim == 1 else 0)
+        return self._met([(labels, labels.shape, False), operand], labels.ndim)
 
     def _reads(self, weight: tuple[Owner, list[tuple[Tensor, int]]], dim: int, role: str) -> Tensor:
         labels, own = weight[1][dim]
@@ -296,7 +312,7 @@ class Follower(TorchDispatchMode, Labels):
             out = out if flipped else rows
         out = out.reshape(1, -1, *[1] * (x.ndim - 2))
         if (bias := op.bound.get("bias")) is not None:
-            self._beside_units(out, bias, x.ndim, 1)
+            out = self._with_vector(out, bias, 1)
         return out
 
     def _product(self, op: "_Operation") -> Tensor:
@@ -306,14 +322,10 @@ class Follower(TorchDispatchMode, Labels):
         b = b.unsqueeze(1) if vector else b
         out = self._multiply(a, b)
         out = out.squeeze(-1) if vector else out
-        if op.name in ("addmm", "baddbmm", "addmv"):
-            added = op.bound["self"]
-            if self.loose(added):
-                self._beside_units(out, added, out.ndim, None)
-            else:
-                return self.merge(
-                    [(out, op.made[0].shape), (self.of(added), added.shape)], out.ndim
-                )
+        if op.name.startswith(("add", "badd")):
+            out = self._met(
+                [(out, op.made[0].shape, False), self._operand(op.bound["self"])], out.ndim
+            )
         return out
 
     def _multiply(self, a: Tensor, b: Tensor) -> Tensor:

@@ -296,29 +296,11 @@ class Labels:
             size = [max(m, n) for m, n in zip(size, of_a, strict=True)]
         return merged
 
-    def meet(self, tensors: Sequence[Tensor | None], ndim: int, at: int | None = None) -> Tensor:
-        """The labels of operands that meet element by element, a vector along dimension `at`."""
-        units, others = [], []
-        for tensor in tensors:
-            if tensor is None or (labels := self.of(tensor)).eq(FREE).all():
-                continue
-            size = list(tensor.shape)
-            if at is not None and tensor.ndim == 1:
-                behind = [1] * (ndim - 1 - at)
-                labels, size = labels.reshape(-1, *behind), [*size, *behind]
-            fixed = self.loose(tensor) or not (labels > 0).any()
-            (others if fixed else units).append((labels, size))
-        if not units:
-            return self._merge(others, ndim)
-        merged = self._merge(units, ndim)
-        self.later += [(merged, labels, size) for labels, size in others]
-        return merged
-
 
 TORCH = os.path.dirname(torch.__file__)
 HERE = tuple(
     os.path.join(os.path.dirname(__file__), f"{n}.py")
-    for n in ("labels", "channels", "trials", "cutting")
+    for n in ("labels", "channels", "comparing", "cutting", "trials")
 )
 
 

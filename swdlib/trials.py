@@ -16,6 +16,10 @@ from swdlib.labels import HERE, PINNED, TORCH, Place
 from swdlib.units import ATTEMPTS, Found, Units, Untraceable, units
 
 
+# An attribute of a kind of module, and the line of code that reads a size from it.
+Told = tuple[type[nn.Module], str, tuple[str, int]]
+
+
 @dataclass(frozen=True)
 class Held:
     """Units that stay: their groups, the reason, and the line of code that it comes from."""
@@ -35,7 +39,7 @@ class Held:
 
 @torch.no_grad()
 def telling(model: nn.Module) -> nn.Module:
-    """A twin of the model that hides nothing: what is constant, such as zeros, is drawn at random."""
+    """A twin of the model that hides nothing: constants, such as zeros, are drawn at random."""
     generator = torch.Generator().manual_seed(0)
     changed = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -80,8 +84,8 @@ class _Trials:
                 "structures that need none: weights, kernels, blocks, n_of_m"
             ) from error
         self.choice: dict[tuple[str, int], int] = {}
-        self.told: set[tuple[type[nn.Module], str]] = set()
-        self.asked: set[type[nn.Module]] = set()
+        self.told: set[Told] = set()
+        self.asked: set[tuple[type[nn.Module], tuple[str, int]]] = set()
         self.held: list[Held] = []
         self._hold_unseen(example)
 
@@ -126,8 +130,8 @@ class _Trials:
             self.held.append(
                 Held(
                     tuple(o.name for o in missed),
-                    "the example does not run it, so that nothing tells what it reads, and layers of "
-                    "its width stay: give an example that runs it, or remove it",
+                    "the example does not run it, so that nothing tells what it reads, and layers "
+                    "of its width stay: give an example that runs it, or remove it",
                 )
             )
 
@@ -152,7 +156,7 @@ class _Trials:
 
     def _without(self, now: Units, bad: Found, failure: "Failure") -> Units:
         """The units once a size in the code is told, or read another way, or the group is held."""
-        if failure.kind is not None and self._tell(now, bad, failure):
+        if self._tell(now, bad, failure):
             return now
         line = failure.place[:2] if failure.place else None
         holds = line in {p[:2] for p in bad.places}
@@ -179,12 +183,12 @@ class _Trials:
 
     def _tell(self, now: Units, bad: Found, failure: "Failure") -> bool:
         """Whether the group can go if modules of this kind are told sizes that they hold."""
-        kind = failure.kind
-        if kind in self.asked:
+        kind, place = failure.kind, failure.place
+        if kind is None or place is None or (kind, place[:2]) in self.asked:
             return False
-        self.asked.add(kind)
-        module = self.model.get_submodule(failure.place[2])
-        sizes = now.sizes(self._kept(now, now.found, 0))[failure.place[2]]
+        self.asked.add((kind, place[:2]))
+        module = self.model.get_submodule(place[2])
+        sizes = now.sizes(self._kept(now, now.found, 0)).get(place, {})
         names = [
             name
             for name, value in vars(module).items()
@@ -192,10 +196,10 @@ class _Trials:
         ]
         heads = [n for n in names if "head" in n or not isinstance(getattr(module, n), int)]
         for chosen in (names, heads):
-            added = {(kind, name) for name in chosen} - self.told
+            added = {(kind, name, place[:2]) for name in chosen} - self.told
             self.told |= added
             error = self.failure(now, [bad]) if added else failure
-            if error is None or error.place != failure.place:
+            if error is None or error.place not in (None, failure.place):
                 return True
             self.told -= added
         return False
@@ -238,7 +242,7 @@ class Removable:
     """
 
     units: Units
-    told: set[tuple[type[nn.Module], str]]
+    told: set[Told]
     held: list[Held]
 
     @property
@@ -250,9 +254,10 @@ class Removable:
         sizes = self.units.sizes(kept) if self.told else {}
         cut(model, kept)
         for name, module in model.named_modules():
-            for kind, attribute in self.told:
-                if type(module) is kind and name in sizes:
-                    setattr(module, attribute, _told(getattr(module, attribute), sizes[name]))
+            for kind, attribute, line in self.told:
+                if type(module) is kind and (*line, name) in sizes:
+                    value = _told(getattr(module, attribute), sizes[*line, name])
+                    setattr(module, attribute, value)
 
 
 def _numbers(value: Any) -> list[int]:

@@ -55,19 +55,20 @@ class Units:
     labels: Follower
     joins: Joins
 
-    def sizes(self, kept: Mapping[tuple[str, int], Tensor]) -> dict[str, dict[int, set[int]]]:
-        """By module: what becomes of the sizes that its code sees, if only `kept` slices stay."""
+    def sizes(self, kept: Mapping[tuple[str, int], Tensor]) -> dict[Place, dict[int, set[int]]]:
+        """What becomes of the sizes that each line of code sees, if only `kept` slices stay."""
         stays = torch.ones(len(self.joins.parent) + 1, dtype=torch.bool)  # the last one is FREE
         for (name, dim), slices in kept.items():
             stays[self.joins.find(self.labels.owners[name].labels(dim))] = slices
-        sizes: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+        sizes: dict[Place, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
         for labels, places in self.labels.patterns.values():
-            left = stays[self.joins.find(labels)]
-            for dim, size in enumerate(labels.shape):
+            found = compressed(self.joins.find(labels))
+            left = stays[found]
+            for dim, size in enumerate(found.shape):
                 if size > 1:
                     count = int(left.movedim(dim, 0).flatten(1).any(1).sum())
-                    for _, _, module in places:
-                        sizes[module][size].add(count)
+                    for place in places:
+                        sizes[place][size].add(count)
         return sizes
 
 
