@@ -56,7 +56,7 @@ __all__ = [
 
 # What pip installs with swdlib[extra] -> the packages that the part needs; see pyproject.toml.
 _EXTRAS = {
-    "deploy": ("pandas", "scipy", "torch_pruning"),
+    "deploy": ("pandas",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "runs": ("accelerate", "filelock", "pandas", "PIL", "sklearn", "torchvision", "tqdm"),
     "lab": ("matplotlib", "pandas", "seaborn"),

@@ -70,7 +70,11 @@ class Follower(TorchDispatchMode, Labels):
             name = name.removesuffix("_") if func._schema.is_mutable else name
             pointwise = torch.Tag.pointwise in func.tags
             rule = RULES.get(name, Follower._pointwise if pointwise else Follower._unknown)
-            given = rule(self, _Operation(func, name, bound, inputs, made))
+            operation = _Operation(func, name, bound, inputs, made)
+            try:
+                given = rule(self, operation)
+            except Exception:  # a form of the operation that the rule does not foresee
+                given = self._unknown(operation)
             loose &= rule in (Follower._pointwise, Follower._move)
             found = given if isinstance(given, list) else [given] * len(made)
         for tensor, labels in zip(made, found, strict=False):
@@ -269,7 +273,6 @@ class Follower(TorchDispatchMode, Labels):
         return self._normed(op, labels, 1)
 
     def _normed(self, op: "_Operation", labels: Tensor, at: int = -1) -> list[Tensor]:
-        x = op.bound["input"]
         for name in ("weight", "bias", "running_mean", "running_var"):
             if (p := op.bound.get(name)) is not None:
                 beside = self.beside.get(storage_of(p))
@@ -456,6 +459,8 @@ def trace(model: nn.Module, examples: Sequence[Any]) -> Follower:
             first, *rest = (owners[id(getattr(module, n))] for n in names)
             for other in rest:
                 labels.joins.join(first.labels(1), other.labels(1))
+            if module.proj_size:
+                labels.joins.join(first.labels(1), PINNED)
     for example in examples:
         for tensor in tensors_of(example):
             labels.put(tensor, labels.of(tensor))

@@ -44,6 +44,7 @@ class Joins:
     def join(self, a: Tensor, b: Tensor | int) -> None:
         """Join labels pairwise, broadcast; FREE joins nothing."""
         a, b = torch.broadcast_tensors(a, torch.as_tensor(b))
+        assert isinstance(b, Tensor)
         apart = (a >= 0) & (b >= 0) & (a != b)
         a, b = a[apart], b[apart]
         while len(a):
@@ -228,33 +229,32 @@ class Labels:
         beside = self.beside.get(storage_of(tensor))
         if beside is None or not beside.loose or tensor.element_size() != beside.geometry[3]:
             return None
-        starts = [torch.arange(n) for n in tensor.shape]
-        if owner := beside.owner:
-            if not isinstance(owner.tensor, nn.Parameter):
-                return None
+        owner = beside.owner
+        if owner is not None:
             strides = [max(s, 1) for s in owner.tensor.stride()]
             first = tensor.storage_offset() - owner.tensor.storage_offset()
-            lines = [first + i * s for i, s in zip(starts, tensor.stride(), strict=True)]
+            lines: list[Tensor] = [
+                torch.arange(n) * s + first
+                for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+            ]
         else:
-            labels = self.of(tensor).expand(tensor.shape)
-            low = int(labels.min())
-            found = [o for o in self.owners.values() if 0 < o.elements <= low]
-            owner = max(found, key=lambda o: o.elements, default=None)
-            if owner is None or int(labels.max()) >= owner.elements + owner.tensor.numel():
+            elements = self.of(tensor).expand(tensor.shape)
+            known = [o for o in self.owners.values() if 0 < o.elements <= int(elements.min())]
+            owner = max(known, key=lambda o: o.elements, default=None)
+            if owner is None or int(elements.max()) >= owner.elements + owner.tensor.numel():
                 return None
+            elements = elements - owner.elements
             strides = [prod(owner.tensor.shape[d + 1 :]) for d in range(owner.tensor.ndim)]
             lines = [
-                labels[(0,) * d][(slice(None), *(0,) * (tensor.ndim - d - 1))]
-                for d in range(tensor.ndim)
+                elements.movedim(d, 0).reshape(n, -1)[:, 0] for d, n in enumerate(tensor.shape)
             ]
-            lines = [line - owner.elements for line in lines]
-            first = int(labels.flatten()[0]) - owner.elements
-            offsets = sum(
-                (line - first).reshape([-1] + [1] * (tensor.ndim - 1 - d))
-                for d, line in enumerate(lines)
-            )
-            if not torch.equal(labels - owner.elements, (offsets + first).expand(tensor.shape)):
+            plain = lines[0][0].expand(tensor.shape)
+            for d, line in enumerate(lines):
+                plain = plain + (line - line[0]).reshape([-1, *[1] * (tensor.ndim - 1 - d)])
+            if not torch.equal(elements, plain):
                 return None
+        if not isinstance(owner.tensor, nn.Parameter):
+            return None
         owner.seen = True
         sizes = owner.tensor.shape
         varies = [

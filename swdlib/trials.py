@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from swdlib.comparing import Decisions, Differs, call, inputs_like, plain, requi
 from swdlib.cutting import cut, replace, twin
 from swdlib.labels import HERE, PINNED, TORCH, Place
 from swdlib.units import ATTEMPTS, Found, Units, Untraceable, units
-
 
 # An attribute of a kind of module, and the line of code that reads a size from it.
 Told = tuple[type[nn.Module], str, tuple[str, int]]
@@ -92,12 +92,9 @@ class _Trials:
     def _few(self, example: Any) -> Any:
         """Two images are enough, if the network takes them."""
         if isinstance(example, Tensor) and example.ndim and len(example) > 2:
-            try:
-                with plain(Decisions()):
-                    call(self.model, example[:2])
+            with suppress(Exception), plain(Decisions()):
+                call(self.model, example[:2])
                 return example[:2]
-            except Exception:
-                pass
         return example
 
     def _hold_unseen(self, example: Any) -> None:
@@ -113,13 +110,10 @@ class _Trials:
             double = tree_map(
                 lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x, example
             )
-            try:
-                with plain(self.labels):
-                    output = call(trained, double)
+            with suppress(Exception), plain(self.labels):  # it may not train on such a batch
+                output = call(trained, double)
                 for tensor in tensors_of(output):
                     self.labels.joins.join(self.labels.of(tensor), PINNED)
-            except Exception:
-                pass
         if missed := unseen():
             widths = {n for o in missed for n in o.tensor.shape[:2] if n > 1}
             joins = self.labels.joins
@@ -144,7 +138,8 @@ class _Trials:
 
     def _narrowed(self, now: Units, failure: "Failure") -> tuple[Found, "Failure"]:
         """A group without which the trial would not have failed like this."""
-        good, rest = [], list(now.found)
+        good: list[Found] = []
+        rest = list(now.found)
         while len(rest) > 1:
             half = rest[: len(rest) // 2]
             error = self.failure(now, [*good, *half])
@@ -158,7 +153,7 @@ class _Trials:
         """The units once a size in the code is told, or read another way, or the group is held."""
         if self._tell(now, bad, failure):
             return now
-        line = failure.place[:2] if failure.place else None
+        line = failure.place[:2] if failure.place else ("", 0)
         holds = line in {p[:2] for p in bad.places}
         lines = {line} if holds else {p[:2] for p in bad.places} & self._options()
         while any(self.choice.get(p, 0) < ATTEMPTS - 1 for p in lines):
@@ -256,7 +251,7 @@ class Removable:
         for name, module in model.named_modules():
             for kind, attribute, line in self.told:
                 if type(module) is kind and (*line, name) in sizes:
-                    value = _told(getattr(module, attribute), sizes[*line, name])
+                    value = _told(getattr(module, attribute), sizes[(*line, name)])
                     setattr(module, attribute, value)
 
 
@@ -312,14 +307,16 @@ class Failure:
         if isinstance(error, Differs):
             return cls(f"without them the network computes something else: {error}")
         names = {id(module): name for name, module in model.named_modules()}
-        place, kind, step = None, None, error.__traceback__
+        place: Place | None = None
+        kind: type[nn.Module] | None = None
+        step = error.__traceback__
         while step is not None:
             frame, step_line = step.tb_frame, step.tb_lineno
             if not frame.f_code.co_filename.startswith((TORCH, *HERE)):
                 owner = frame.f_locals.get("self")
                 name = names.get(id(owner), "")
                 place = (frame.f_code.co_filename, step_line, name)
-                kind = type(owner) if id(owner) in names else None
+                kind = type(owner) if isinstance(owner, nn.Module) and name else None
             step = step.tb_next
         return cls(
             f"the code holds their number: {' '.join(str(error).split())[:150]}", place, kind

@@ -160,7 +160,7 @@ def _slice(joins: Joins, owner: Owner) -> None:
 def _grouped(labels: Follower, joins: Joins) -> Iterator[Found]:
     heads = set(joins.find(torch.cat([*labels.heads, torch.zeros(1).long()])).tolist())
     owned: dict[int, list[tuple[int, int]]] = {}
-    slices = []
+    slices: list[tuple[Owner, int, str, Tensor]] = []
     for owner in labels.owners.values():
         for dim in owner.long:
             role = _role(owner, dim)
@@ -176,25 +176,23 @@ def _grouped(labels: Follower, joins: Joins) -> Iterator[Found]:
         for u in joins.find(pattern).unique().tolist():
             seen[u] |= places
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for u, parts in owned.items():
-        alike.setdefault(tuple(parts), []).append(u)
-    for held, us in alike.items():
-        roles = {slices[i][2] for i, _ in held}
-        if not ("tied" in roles or {"weight", "input"} <= roles):
-            continue  # nothing computes these channels, or nothing reads them
+    for u, held in owned.items():
+        alike.setdefault(tuple(held), []).append(u)
+    for common, us in alike.items():
         us = sorted(us)
         order = torch.full([len(joins.parent)], -1)
         order[torch.tensor(us)] = torch.arange(len(us))
         parts = tuple(
             Part(o.name, o.tensor, dim, order[unit], role)
-            for o, dim, role, unit in (slices[i] for i, _ in held)
+            for o, dim, role, unit in (slices[i] for i, _ in common)
         )
         made = [p.name for p in parts if p.role in ("weight", "tied")]
+        if not made or not any(p.role in ("input", "tied") for p in parts):
+            continue  # nothing computes these channels, or nothing reads them
         kind = "filter" if labels.filters & set(made) else "channel"
         kind = "head" if heads & set(us) else kind
-        name = made[0].removesuffix(".in_proj_weight")
-        places = frozenset(p for u in us for p in seen[u])
-        yield Found(name, kind, parts, len(us), places)
+        lines = frozenset(p for u in us for p in seen[u])
+        yield Found(made[0].removesuffix(".in_proj_weight"), kind, parts, len(us), lines)
 
 
 def _role(owner: Owner, dim: int) -> str:

@@ -26,7 +26,7 @@ def shrink(model: nn.Module, masks: Masks, example: Any) -> nn.Module:
     removable = trials.removable(model, example)
     small = copy.deepcopy(masked)
     removable.cut(small, _find_kept(masked, removable.found))
-    inputs = [example, *comparing.inputs_like(example, {}, 2)]
+    inputs = [example, *comparing.inputs_like(example, removable.units.labels.ranges, 2)]
     try:
         comparing.require_equal(small, masked, inputs)
     except Exception as error:

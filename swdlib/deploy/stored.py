@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from swdlib import require_extra
+from swdlib.comparing import in_eval
 from swdlib.files import write_whole
 from swdlib.masks import Masks, check_mask
-from swdlib.metrics import in_eval
 
 MAGIC = b"swdlib.sparse 2\n"
 MASK = ".mask."  # no module has an empty name, so that no name of a state_dict starts with a dot

@@ -15,11 +15,12 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from swdlib.comparing import in_eval
 from swdlib.data.load import AnyDataset, load_data
 from swdlib.deploy.shrinking import shrink
 from swdlib.deploy.stored import is_stored, save_sparse
 from swdlib.masks import NotFinite
-from swdlib.metrics import count_macs, evaluate, in_eval, latencies, parameters, recalibrated
+from swdlib.metrics import count_macs, evaluate, latencies, parameters, recalibrated
 from swdlib.runs import records
 from swdlib.runs.config import Config
 from swdlib.runs.devices import Tracker, find_device, is_main_process, main_process_first
