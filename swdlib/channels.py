@@ -438,7 +438,8 @@ RULES: dict[str, Callable[[Follower, _Operation], Any]] = {
         ("scatter scatter_add scatter_reduce index_add index_put index_copy", Follower._scattered),
         ("glu", Follower._gated),
         (
-            "_prelu_kernel native_dropout masked_fill tril triu where addcmul addcdiv lerp "
+            "_prelu_kernel native_dropout hardswish mish gelu relu6 threshold floor_divide heaviside "
+            "copysign log_sigmoid_forward polar masked_fill tril triu where addcmul addcdiv lerp "
             "_conj_physical rrelu_with_noise",
             Follower._pointwise,
         ),

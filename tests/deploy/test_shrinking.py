@@ -10,11 +10,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swdlib.channels import Untraceable, find_attentions, tensors_of, trace_units
-from swdlib.deploy.shrinking import Attention, shrink
+from swdlib.comparing import tensors_of
+from swdlib.cutting import Attention
+from swdlib.deploy.shrinking import shrink
 from swdlib.masks import Masks, apply_, find_groups, removed_weights, select, sparsity_of, uniform
 from swdlib.models import build_model
 from swdlib.structures import channels, filters, filters_and_channels, weights
+from swdlib.trials import removable
+from swdlib.units import Untraceable
 from tests import toys
 
 
@@ -197,9 +200,9 @@ def test_heads_are_removed() -> None:
 def halved(model: nn.Module, example: Tensor) -> Masks:
     """Return masks that remove half of the units of each layer, drawn at random."""
     masks = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
-    for layer in [*trace_units(model, example), *find_attentions(model)]:
+    for layer in removable(model, example).found:
         gone = torch.randperm(layer.count) < layer.count // 2
-        for part in layer.parts:
+        for part in (p for p in layer.parts if p.role != "buffer"):
             slices = torch.cat([gone, torch.zeros(1, dtype=torch.bool)])[part.units]
             masks[part.name].movedim(part.dim, 0)[slices] = False
     return masks
