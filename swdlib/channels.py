@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -275,9 +276,6 @@ class Follower(TorchDispatchMode, Labels):
     def _normed(self, op: "_Operation", labels: Tensor, at: int = -1) -> list[Tensor]:
         for name in ("weight", "bias", "running_mean", "running_var"):
             if (p := op.bound.get(name)) is not None:
-                beside = self.beside.get(storage_of(p))
-                if name == "weight" and beside and beside.owner:
-                    beside.owner.roles[p.ndim - 1].add("scale")
                 labels = self._with_vector(labels, p, at)
         return [labels]
 
@@ -438,9 +436,9 @@ RULES: dict[str, Callable[[Follower, _Operation], Any]] = {
         ("scatter scatter_add scatter_reduce index_add index_put index_copy", Follower._scattered),
         ("glu", Follower._gated),
         (
-            "_prelu_kernel native_dropout hardswish mish gelu relu6 threshold floor_divide heaviside "
-            "copysign log_sigmoid_forward polar masked_fill tril triu where addcmul addcdiv lerp "
-            "_conj_physical rrelu_with_noise",
+            "_prelu_kernel native_dropout hardswish mish gelu relu6 threshold floor_divide "
+            "heaviside copysign log_sigmoid_forward polar masked_fill tril triu where addcmul "
+            "addcdiv lerp _conj_physical rrelu_with_noise",
             Follower._pointwise,
         ),
     )
@@ -453,6 +451,11 @@ RESHAPED = {"transpose_", "t_", "squeeze_", "unsqueeze_", "detach_", "as_strided
 def trace(model: nn.Module, examples: Sequence[Any]) -> Follower:
     """The labels of a model after a pass of each of the examples, in evaluation mode."""
     labels = Follower(model)
+    norms = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    for name, module in model.named_modules():
+        owner = labels.owners.get(f"{name}.weight".removeprefix("."))
+        if isinstance(module, norms) and owner is not None:
+            owner.roles[0].add("scale")
     for module in model.modules():  # its layers have one number of hidden units
         if isinstance(module, nn.RNNBase):
             names = [n for n in module._flat_weights_names if "weight_hh" in n]

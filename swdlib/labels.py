@@ -19,7 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 # The label of what is never removed, and of constants, which take any size. Units count from 1.
 PINNED, FREE = 0, -1
 
-Place = tuple[str, int, str]  # a file and a line of the network's code, and the module that runs it
+# A call in the network's code: its file, its line and its instruction; and the module that runs it.
+Call = tuple[str, int, int]
+Place = tuple[str, int, int, str]
 
 
 class Joins:
@@ -305,10 +307,15 @@ HERE = tuple(
 
 
 def place_of(frame: Any, names: Mapping[int, str]) -> Place:
-    """The line of the network's code that called, through torch, the function of this frame."""
+    """The call in the network's code that led, through torch, to the function of this frame."""
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith((TORCH, *HERE)):
-            return file, frame.f_lineno, names.get(id(frame.f_locals.get("self")), "")
+            return (
+                file,
+                frame.f_lineno,
+                frame.f_lasti,
+                names.get(id(frame.f_locals.get("self")), ""),
+            )
         frame = frame.f_back
-    return "", 0, ""
+    return "", 0, 0, ""

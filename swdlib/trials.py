@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_map
 from swdlib.channels import trace
 from swdlib.comparing import Decisions, Differs, call, inputs_like, plain, require_equal, tensors_of
 from swdlib.cutting import cut, replace, twin
-from swdlib.labels import HERE, PINNED, TORCH, Place
+from swdlib.labels import HERE, PINNED, TORCH, Call, Place
 from swdlib.units import ATTEMPTS, Found, Units, Untraceable, units
 
 # An attribute of a kind of module, and the line of code that reads a size from it.
-Told = tuple[type[nn.Module], str, tuple[str, int]]
+Told = tuple[type[nn.Module], str, Call]
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class _Trials:
                 f"on the example ({error!r}); give the model an example that it takes, or use "
                 "structures that need none: weights, kernels, blocks, n_of_m"
             ) from error
-        self.choice: dict[tuple[str, int], int] = {}
+        self.choice: dict[Call, int] = {}
         self.told: set[Told] = set()
-        self.asked: set[tuple[type[nn.Module], tuple[str, int]]] = set()
+        self.asked: set[tuple[type[nn.Module], Call, int]] = set()
         self.held: list[Held] = []
         self._hold_unseen(example)
 
@@ -153,9 +153,9 @@ class _Trials:
         """The units once a size in the code is told, or read another way, or the group is held."""
         if self._tell(now, bad, failure):
             return now
-        line = failure.place[:2] if failure.place else ("", 0)
-        holds = line in {p[:2] for p in bad.places}
-        lines = {line} if holds else {p[:2] for p in bad.places} & self._options()
+        line = failure.place[:3] if failure.place else ("", 0, 0)
+        holds = line in {p[:3] for p in bad.places}
+        lines = {line} if holds else {p[:3] for p in bad.places} & self._options()
         while any(self.choice.get(p, 0) < ATTEMPTS - 1 for p in lines):
             for p in lines:
                 self.choice[p] = self.choice.get(p, 0) + 1
@@ -179,10 +179,13 @@ class _Trials:
     def _tell(self, now: Units, bad: Found, failure: "Failure") -> bool:
         """Whether the group can go if modules of this kind are told sizes that they hold."""
         kind, place = failure.kind, failure.place
-        if kind is None or place is None or (kind, place[:2]) in self.asked:
+        if kind is None or place is None:
             return False
-        self.asked.add((kind, place[:2]))
-        module = self.model.get_submodule(place[2])
+        asked = kind, place[:3], self.choice.get(place[:3], 0)
+        if asked in self.asked:
+            return False
+        self.asked.add(asked)
+        module = self.model.get_submodule(place[3])
         sizes = now.sizes(self._kept(now, now.found, 0)).get(place, {})
         names = [
             name
@@ -191,7 +194,7 @@ class _Trials:
         ]
         heads = [n for n in names if "head" in n or not isinstance(getattr(module, n), int)]
         for chosen in (names, heads):
-            added = {(kind, name, place[:2]) for name in chosen} - self.told
+            added = {(kind, name, place[:3]) for name in chosen} - self.told
             self.told |= added
             error = self.failure(now, [bad]) if added else failure
             if error is None or error.place not in (None, failure.place):
@@ -207,12 +210,12 @@ class _Trials:
             gone.append(((drawn < group.count // 2) == (half == 0)) & (group.count > 1))
         return kept_of(found, gone)
 
-    def _options(self) -> set[tuple[str, int]]:
+    def _options(self) -> set[Call]:
         """Lines whose size can be read in several ways."""
-        several = {place[:2] for _, place in self.labels.splits}
+        several = {place[:3] for _, place in self.labels.splits}
         for seen, places in self.labels.patterns.values():
             if sum(n > 1 for n in seen.shape) > 1:
-                several |= {p[:2] for p in places}
+                several |= {p[:3] for p in places}
         return several
 
     def failure(self, now: Units, found: Sequence[Found]) -> "Failure | None":
@@ -311,12 +314,13 @@ class Failure:
         kind: type[nn.Module] | None = None
         step = error.__traceback__
         while step is not None:
-            frame, step_line = step.tb_frame, step.tb_lineno
+            frame = step.tb_frame
             if not frame.f_code.co_filename.startswith((TORCH, *HERE)):
                 owner = frame.f_locals.get("self")
                 name = names.get(id(owner), "")
-                place = (frame.f_code.co_filename, step_line, name)
-                kind = type(owner) if isinstance(owner, nn.Module) and name else None
+                place = (frame.f_code.co_filename, step.tb_lineno, step.tb_lasti, name)
+                known = isinstance(owner, nn.Module) and id(owner) in names
+                kind = type(owner) if known else None
             step = step.tb_next
         return cls(
             f"the code holds their number: {' '.join(str(error).split())[:150]}", place, kind

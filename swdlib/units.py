@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swdlib.channels import Follower
-from swdlib.labels import FREE, PINNED, Joins, Owner, Place, compressed
+from swdlib.labels import FREE, PINNED, Call, Joins, Owner, Place, compressed
 
 ATTEMPTS = 3  # ways to read a line of code that holds a size, before its units are pinned
 
@@ -72,7 +72,7 @@ class Units:
         return sizes
 
 
-def units(labels: Follower, choice: Mapping[tuple[str, int], int] | None = None) -> Units:
+def units(labels: Follower, choice: Mapping[Call, int] | None = None) -> Units:
     """The units that can be removed, those that own slices of the same parameters together.
 
     `choice` says, of lines that hold a size, which way to read them; ATTEMPTS pins their units.
@@ -80,7 +80,7 @@ def units(labels: Follower, choice: Mapping[tuple[str, int], int] | None = None)
     choice = choice or {}
     joins = Joins(labels.joins.parent.clone())
     for pieces, place in labels.splits:
-        if choice.get(place[:2], 0) == 1:
+        if choice.get(place[:3], 0) == 1:
             joins.collapse(pieces, [0])
     for owner in labels.owners.values():
         if owner.elements:
@@ -89,7 +89,7 @@ def units(labels: Follower, choice: Mapping[tuple[str, int], int] | None = None)
     while before is None or not torch.equal(before, joins.parent):
         before = joins.parent.clone()
         for seen, places in labels.patterns.values():
-            _square(joins, compressed(joins.find(seen)), max(choice.get(p[:2], 0) for p in places))
+            _square(joins, compressed(joins.find(seen)), max(choice.get(p[:3], 0) for p in places))
         for one, other, size in labels.later:
             _meet(joins, compressed(joins.find(one)), other, size)
         for owner in labels.owners.values():
