@@ -1,6 +1,7 @@
 """Trials: which units a network's own code lets go, found by taking them out and comparing."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ class _Trials:
             joins = self.labels.joins
             for owner in self.labels.owners.values():
                 for dim in owner.long:
-                    if owner in missed or any(w % owner.tensor.shape[dim] == 0 for w in widths):
+                    if owner in missed or any(_feeds(owner.tensor.shape[dim], w) for w in widths):
                         joins.join(owner.labels(dim), PINNED)
             self.held.append(
                 Held(
@@ -256,6 +257,11 @@ class Removable:
                 if type(module) is kind and (*line, name) in sizes:
                     value = _told(getattr(module, attribute), sizes[(*line, name)])
                     setattr(module, attribute, value)
+
+
+def _feeds(count: int, width: int) -> bool:
+    """Whether so many channels, or square maps of them that are flattened, are of the width."""
+    return width % count == 0 and math.isqrt(width // count) ** 2 == width // count
 
 
 def _numbers(value: Any) -> list[int]:

@@ -151,7 +151,8 @@ def _parse(
         if found.shape != like.shape or found.dtype != like.dtype:
             raise ValueError(
                 f"{name} must be {like.dtype} of shape {tuple(like.shape)}, "
-                f"not {found.dtype} of {tuple(found.shape)}"
+                f"not {found.dtype} of {tuple(found.shape)}; load a shrunk network into one that "
+                "deploy.shrink made with the same masks"
             )
     masks |= {name: is_stored(stored[name]) for name in sorted(implied)}
     for name, mask in masks.items():
