@@ -198,6 +198,8 @@ class Follower(TorchDispatchMode, Labels):
     def _reduced(self, op: "_Operation") -> list[Tensor]:
         """What is reduced, sorted or normalised together goes together."""
         tensor = op.bound["self"]
+        if op.name == "mean" and _in_attention(sys._getframe()):  # of its heads, which few use
+            return [torch.full([1] * t.ndim, PINNED) for t in op.made]
         dims = op.bound.get("dim")
         if dims is None or dims == []:
             dims = range(tensor.ndim)
@@ -446,6 +448,15 @@ RULES: dict[str, Callable[[Follower, _Operation], Any]] = {
 }
 
 RESHAPED = {"transpose_", "t_", "squeeze_", "unsqueeze_", "detach_", "as_strided_"}  # in place
+
+
+def _in_attention(frame: Any) -> bool:
+    """Whether torch's attention, in few steps, called the function of this frame."""
+    for _ in range(6):
+        if frame is not None and frame.f_code.co_name == "multi_head_attention_forward":
+            return True
+        frame = frame and frame.f_back
+    return False
 
 
 def trace(model: nn.Module, examples: Sequence[Any]) -> Follower:

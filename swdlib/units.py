@@ -66,7 +66,7 @@ class Units:
             left = stays[found]
             for dim, size in enumerate(found.shape):
                 if size > 1:
-                    count = int(left.movedim(dim, 0).flatten(1).any(1).sum())
+                    count = int(left.movedim(dim, 0).reshape(size, -1).any(1).sum())
                     for place in places:
                         sizes[place][size].add(count)
         return sizes
