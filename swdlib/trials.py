@@ -325,8 +325,9 @@ class Failure:
                 owner = frame.f_locals.get("self")
                 name = names.get(id(owner), "")
                 place = (frame.f_code.co_filename, step.tb_lineno, step.tb_lasti, name)
-                known = isinstance(owner, nn.Module) and id(owner) in names
-                kind = type(owner) if known else None
+                kind = None
+                if isinstance(owner, nn.Module) and id(owner) in names:
+                    kind = type(owner)
             step = step.tb_next
         return cls(
             f"the code holds their number: {' '.join(str(error).split())[:150]}", place, kind

@@ -1,6 +1,7 @@
 """Channels: each rule by hand, whole networks by hand, and what cannot be followed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def test_a_grouped_convolution_loses_whole_groups() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_hidden_units_of_recurrent_layers(kind: type[nn.RNNBase]) -> None:
+def test_hidden_units_of_recurrent_layers(kind: Any) -> None:
     model = Net(
         lambda net, x: net.out(net.rnn(x)[0]),
         rnn=kind(3, 4, num_layers=2, batch_first=True, bidirectional=True),
@@ -182,7 +183,7 @@ def test_embeddings_and_tied_weights() -> None:
 
 
 def test_heads_share_what_their_queries_share() -> None:
-    def attend(net: Net, x: Tensor) -> Tensor:
+    def attend(net: Any, x: Tensor) -> Tensor:
         q = net.q(x).unflatten(-1, (-1, 4)).transpose(1, 2)
         k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (net.k, net.v))
         k, v = (y.repeat_interleave(2, 1) for y in (k, v))
@@ -304,7 +305,7 @@ def test_a_network_that_does_not_run_is_refused_by_name() -> None:
 
 
 def test_a_number_in_the_code_holds_its_layer_and_names_the_line() -> None:
-    def run(net: Net, x: Tensor) -> Tensor:
+    def run(net: Any, x: Tensor) -> Tensor:
         return net.c(F.relu(net.b(F.relu(net.a(x)).view(-1, 8 * 16))))
 
     model = Net(run, a=nn.Conv2d(3, 8, 1), b=nn.Linear(128, 6), c=nn.Linear(6, 2))
@@ -331,7 +332,7 @@ def test_a_number_in_an_attribute_is_told() -> None:
 
 
 def test_a_layer_that_the_example_does_not_run_holds_what_may_feed_it() -> None:
-    def run(net: Net, x: Tensor) -> Tensor:
+    def run(net: Any, x: Tensor) -> Tensor:
         h = F.relu(net.a(x))
         return net.d(F.relu(net.b(h)) if net.training else F.relu(net.c(h)))
 
