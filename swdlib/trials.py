@@ -2,6 +2,7 @@
 
 import copy
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -204,11 +205,15 @@ class _Trials:
         return False
 
     def _kept(self, now: Units, found: Sequence[Found], half: int) -> dict[tuple[str, int], Tensor]:
-        """What stays if one half of each group's units goes, or the other."""
+        """What stays if one part of each group's units goes, or the rest."""
         gone = []
-        for group in found:
-            drawn = torch.randperm(group.count, generator=torch.Generator().manual_seed(1))
-            gone.append(((drawn < group.count // 2) == (half == 0)) & (group.count > 1))
+        for group in found:  # not as many of each: code may rely on pieces of one size
+            first = int((group.parts[0].units >= 0).int().argmax())
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{group.name} {first}".encode()))
+            share = 0.3 + 0.4 * float(torch.rand((), generator=generator))
+            drawn = torch.randperm(group.count, generator=generator)
+            few = min(max(round(share * group.count), 1), group.count - 1)
+            gone.append(((drawn < few) == (half == 0)) & (group.count > 1))
         return kept_of(found, gone)
 
     def _options(self) -> set[Call]:
