@@ -56,7 +56,7 @@ __all__ = [
 
 # What pip installs with swdlib[extra] -> the packages that the part needs; see pyproject.toml.
 _EXTRAS = {
-    "deploy": ("pandas", "scipy", "torch_pruning"),
+    "deploy": ("pandas",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "data": ("PIL", "sklearn", "torchvision", "tqdm"),
     "runs": ("accelerate", "filelock", "pandas", "PIL", "sklearn", "torchvision", "tqdm"),

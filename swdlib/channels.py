@@ -1,430 +1,488 @@
 """Channels: which slices of which parameters can only be removed together.
 
-torch-pruning follows the graph that autograd records from a network's outputs back to its layers.
-What it finds is joined here into disjoint units: a channel of one layer, and every slice of a
-parameter that additions, concatenations, flattening, depthwise and grouped convolutions tie to it.
+One forward pass on an example shows it. Operations carry labels on, and join those that must go
+together, by the rules in RULES. What no rule knows pins its labels: a rule that is missing costs
+units, never exactness.
 """
 
-import copy
-import time
-import warnings
-from collections import Counter
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from swdlib import require_extra
+from swdlib.comparing import call, plain, tensors_of
+from swdlib.labels import FREE, PINNED, Labels, Owner, Place, place_of, storage_of
 
 
-@dataclass(frozen=True)
-class Part:
-    """Slices of a parameter along `dim`; slice i belongs to unit `units[i]`, or to none if -1.
-
-    `role` is "weight" for what makes a channel, "input" for what reads it, "scale" and "shift" for
-    what normalises it or is added to it.
-    """
-
+@dataclass
+class _Operation:
+    func: Any
     name: str
-    parameter: nn.Parameter
-    dim: int
-    units: Tensor
-    role: str
+    bound: dict[str, Any]
+    inputs: list[Tensor]
+    made: list[Tensor]
 
 
-@dataclass(frozen=True)
-class Found:
-    """`count` units of one kind ("filter", "channel" or "head") and the slices that they own."""
-
-    name: str
-    kind: str
-    parts: tuple[Part, ...]
-    count: int
-
-
-class Untraceable(ValueError):
-    """The channels of a network cannot be followed."""
-
-
-def trace_units(model: nn.Module, example: Tensor) -> list[Found]:
-    """The filters and channels of `model` that can be removed, a `Found` for each layer.
-
-    Raises Untraceable, within half a minute, for a network that cannot be followed.
-    """
-    require_extra("swdlib.channels", "deploy")
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            twin = copy.deepcopy(model).requires_grad_(True)
-            slots = _Slots(twin)
-            slots.join(follow(twin, example))
-            slots.join_what_only_training_runs(example)
-    except Exception as error:  # torch-pruning and the network raise what they like
-        raise Untraceable(
-            f"the channels of {type(model).__name__} cannot be followed ({error!r}); structures "
-            "that need no graph work on it: weights, kernels, blocks, n_of_m"
-        ) from error
-    return slots.layers(dict(model.named_parameters()))
-
-
-def find_attentions(model: nn.Module) -> list[Found]:
-    """The heads of each torch.nn.MultiheadAttention, as units."""
-    found = []
-    parameters = {id(p): (n, p) for n, p in model.named_parameters()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and _is_plain(module):
-            head = torch.arange(module.embed_dim) // module.head_dim
-            slices = [
-                (module.in_proj_weight, 0, head.repeat(3), "weight"),
-                (module.in_proj_bias, 0, head.repeat(3), "shift"),
-                (module.out_proj.weight, 1, head, "input"),
-            ]
-            parts = tuple(
-                Part(*parameters[id(p)], dim, units, role)
-                for p, dim, units, role in slices
-                if p is not None
-            )
-            found.append(Found(name or "attention", "head", parts, module.num_heads))
-    return found
-
-
-def _is_plain(attention: nn.MultiheadAttention) -> bool:
-    """Whether it projects queries, keys and values alike and appends nothing to them."""
-    if type(attention) is not nn.MultiheadAttention or attention.in_proj_weight is None:
-        return False
-    appends = attention.bias_k is not None or attention.add_zero_attn
-    return isinstance(attention.out_proj.weight, nn.Parameter) and not appends
-
-
-class _Slots:
-    """Every channel of every layer as a numbered slot; tied slots are joined into units.
-
-    A slot is output i of a layer, its input j, or entry i of a normalisation. Slot 0 stands for all
-    that cannot be removed: the network's output, what a layer normalisation averages over.
-    """
+class Follower(TorchDispatchMode, Labels):
+    """Lays labels beside all tensors that operations make under it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.names = {module: name for name, module in model.named_modules()}
-        self.start: dict[tuple[nn.Module, str], int] = {}
-        self.number = 1
-        self.ties: list[tuple[np.ndarray, np.ndarray]] = []
-        self.joined: set[Any] = set()
-        for module in self.names:
-            for side, size in sides(module):
-                self.start[module, side] = self.number
-                self.number += size
-            if isinstance(module, _ConvNd) and module.groups > 1 and sides(module):
-                self._tie_groups(module)
-        self._hold_shared()
+        TorchDispatchMode.__init__(self)
+        Labels.__init__(self, model)
+        # What parameters meet element by element: joined at the end, along dimensions in which the
+        # other still varies. A weight for each of a head's features does not tie the heads.
+        self.later: list[tuple[Tensor, Tensor, Sequence[int]]] = []
+        self.splits: list[tuple[Tensor, Place]] = []  # (pieces, ...) of one size
+        self.heads: list[Tensor] = []
+        self.filters: set[str] = set()
+        self.ranges: dict[int, int] = {}  # of ids, by the storage that embeddings read them from
+        self.steered = False  # whether a value decided which way the code took
 
-    def _hold_shared(self) -> None:
-        # A parameter that layers share, or that is computed, cannot be cut for one layer alone.
-        uses = Counter(id(p) for module in self.names for p in module._parameters.values())
-        for (module, side), start in self.start.items():
-            own = [getattr(module, attribute) for attribute, _, _ in _attributes(module, side)]
-            if any(p is not None and uses[id(p)] != 1 for p in own):
-                self._hold(start, dict(sides(module))[side])
+    # Operations -----------------------------------------------------------------------------------
 
-    def _hold(self, start: int, size: int) -> None:
-        self.ties.append((start + np.arange(size), np.zeros(size, dtype=int)))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        arguments = func._schema.arguments
+        bound = dict(zip([a.name for a in arguments], args, strict=False)) | kwargs
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        name = func._schema.name.split("::")[-1]
+        if name == "_local_scalar_dense":
+            self.steered |= bool((self.of(args[0]) != FREE).all())
+            return out
+        known = all(storage_of(t) in self.beside for t in made)
+        if known and (not func._schema.is_mutable or name in RESHAPED):
+            self._see(name, bound, made)
+            return out
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        plain = [i for i in inputs if not self.loose(i)]
+        loose = len(plain) < len(inputs) and all(bool((self.of(i) == FREE).all()) for i in plain)
+        weighty = any(self.loose(i) for i in inputs)
+        if not weighty and not any(bool((self.of(i) > 0).any()) for i in plain):
+            fixed = any(bool((self.of(i) == PINNED).any()) for i in plain)
+            found = [torch.full([1] * t.ndim, PINNED if fixed else FREE) for t in made]
+        else:
+            name = name.removesuffix("_") if func._schema.is_mutable else name
+            pointwise = torch.Tag.pointwise in func.tags
+            rule = RULES.get(name, Follower._pointwise if pointwise else Follower._unknown)
+            operation = _Operation(func, name, bound, inputs, made)
+            try:
+                given = rule(self, operation)
+            except Exception:  # a form of the operation that the rule does not foresee
+                given = self._unknown(operation)
+            loose &= rule in (Follower._pointwise, Follower._move)
+            found = given if isinstance(given, list) else [given] * len(made)
+        for tensor, labels in zip(made, found, strict=False):
+            if labels.ndim != tensor.ndim:  # a second output, such as statistics
+                labels = torch.full([1] * tensor.ndim, PINNED)
+            self.put(tensor, labels, loose)
+        return out
 
-    def _tie_groups(self, conv: _ConvNd) -> None:
-        # A channel of a grouped convolution can only leave with its whole group.
-        outputs = np.arange(conv.out_channels)
-        each = conv.out_channels // conv.groups
-        start = self.start[conv, "out"]
-        self.ties.append((start + outputs, start + outputs // each * each))
-
-    def slots_of(self, module: Any, side: str, indices: np.ndarray) -> np.ndarray:
-        """The slots of `module` at `indices`; 0 if it cannot be cut."""
-        if isinstance(module, _ConvNd) and module.groups > 1 and side == "in":
-            each = module.in_channels // module.groups
-            indices = indices // each * (module.out_channels // module.groups)
-            side = "out"
-        start = self.start.get((module, side))
-        if start is None:
-            return np.zeros_like(indices)
-        size = dict(sides(module))[side]
-        if indices.max(initial=0) >= size:  # the layer sees channels that were not followed
-            self._hold(start, size)
-            return np.zeros_like(indices)
-        return start + indices
-
-    def join(self, graph: Any) -> None:
-        """Tie what the graph says must be removed together."""
-        self.joined |= set(graph.module2node)
-        covered = np.zeros(self.number, dtype=bool)
-        for layer in self.names:
-            if layer not in graph.module2node or not isinstance(layer, _ConvNd | nn.Linear):
-                continue
-            outputs = np.arange(dict(sides(layer)).get("out", 0))
-            if covered[self.slots_of(layer, "out", outputs)].all():
-                continue
-            for module, side, indices, root in tied_to(graph, layer):
-                mine = self.slots_of(module, side, indices)
-                covered[mine] = True
-                self.ties.append((mine, self.slots_of(layer, "out", root)))
-
-    def join_what_only_training_runs(self, example: Tensor) -> None:
-        """Tie auxiliary heads, if the network runs in training mode on the example."""
-        layers = {module for module, _ in self.start} - self.joined
-        if all(isinstance(layer, NonDynamicallyQuantizableLinear) for layer in layers):
-            return  # the output projections of attention, which it runs without calling them
-        twice = torch.cat([example, example])  # batch norm cannot train on a single image
-        try:
-            graph = follow(self.model, twice, training=True)
-        except Exception:
+    def _see(self, name: str, bound: Mapping[str, Any], views: list[Tensor]) -> None:
+        """Note how a view arranges labels, and pieces of one size, which code may rely on."""
+        if not views or self.beside[storage_of(views[0])].owner:
             return
-        self.join(graph)
+        labels, dim = [self.of(view) for view in views], bound.get("dim", 0)
+        for arranged in labels[:8]:
+            self.record(arranged)
+        if "split" in name and len({v.shape for v in views}) == 1 and labels[0].shape[dim] > 1:
+            self.splits.append((torch.stack(labels), place_of(sys._getframe(), self.names)))
+        elif name == "slice" and labels[0].shape[dim] > 1 and bound.get("step", 1) == 1:
+            whole, count = bound["self"].shape[dim], views[0].shape[dim]
+            if count < whole and whole % count == 0:
+                pieces = self.of(bound["self"]).unflatten(dim, (whole // count, count))
+                pieces = pieces.movedim(dim, 0)
+                self.splits.append((pieces, place_of(sys._getframe(), self.names)))
 
-    def layers(self, parameters: dict[str, nn.Parameter]) -> list[Found]:
-        """The units that can be removed; those that own slices of the same parameters together."""
-        unit = self._units()
-        slices = [s for s in self._slices(unit) if (s[3] >= 0).any() and s[0] in parameters]
-        owners: dict[int, list[tuple[int, int]]] = {}
-        for i, (_, _, _, owner) in enumerate(slices):
-            for u, held in zip(*np.unique(owner[owner >= 0], return_counts=True), strict=True):
-                owners.setdefault(int(u), []).append((i, int(held)))
-        alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for u, held in owners.items():
-            alike.setdefault(tuple(held), []).append(u)
-        found = [
-            self._found(us, [slices[i] for i, _ in held], parameters) for held, us in alike.items()
-        ]
-        return [layer for layer in found if layer is not None]
+    def _met(self, operands: Sequence[tuple[Tensor, Sequence[int], bool]], ndim: int) -> Tensor:
+        """The labels where operands meet element by element: (labels, size, whether fixed).
 
-    def _units(self) -> np.ndarray:
-        """The unit of each slot, -1 for what cannot be removed."""
-        from scipy.sparse import coo_matrix
-        from scipy.sparse.csgraph import connected_components
+        What is fixed, of parameters or without units, meets the units at the end.
+        """
+        units = [(labels, size) for labels, size, fixed in operands if not fixed]
+        others = [(labels, size) for labels, size, fixed in operands if fixed]
+        if not units:
+            return self.merge(others, ndim)
+        merged = self.merge(units, ndim)
+        self.later += [(merged, labels, size) for labels, size in others]
+        return merged
 
-        left = np.concatenate([a for a, _ in self.ties] or [np.zeros(0, int)])
-        right = np.concatenate([b for _, b in self.ties] or [np.zeros(0, int)])
-        shape = (self.number, self.number)
-        matrix = coo_matrix((np.ones(len(left), bool), (left, right)), shape=shape)
-        unit = connected_components(matrix, directed=False)[1].astype(int)
-        unit[unit == unit[0]] = -1
-        return unit
+    def _operand(self, tensor: Tensor, behind: int = 0) -> tuple[Tensor, list[int], bool]:
+        """Of an operand with so many dimensions behind its own: labels, size, whether fixed."""
+        labels = self.of(tensor)
+        size = [*tensor.shape, *[1] * behind]
+        fixed = self.loose(tensor) or not bool((labels > 0).any())
+        return labels.reshape([*labels.shape, *[1] * behind]), size, fixed
 
-    def _slices(self, unit: np.ndarray) -> list[tuple[str, int, str, np.ndarray]]:
-        """(parameter's name, dim, role, unit of each slice) for each side of each layer."""
-        found = []
-        for (module, side), start in self.start.items():
-            name = self.names[module] + "." if self.names[module] else ""
-            owner = unit[start : start + dict(sides(module))[side]]
-            for attribute, dim, role in _attributes(module, side):
-                if getattr(module, attribute) is not None:
-                    found.append((name + attribute, dim, role, owner))
-        return found
+    def _pointwise(self, op: "_Operation") -> Tensor:
+        inputs = [self._operand(i) for i in op.inputs if i is not op.bound.get("out")]
+        inputs = [i for i in inputs if not bool((i[0] == FREE).all())]
+        return self._met(inputs, op.made[0].ndim)
 
-    def _found(
-        self,
-        units: list[int],
-        slices: list[tuple[str, int, str, np.ndarray]],
-        parameters: dict[str, nn.Parameter],
-    ) -> Found | None:
-        made = [name for name, _, role, _ in slices if role == "weight"]
-        if not made or not any(role == "input" for _, _, role, _ in slices):
-            return None  # no layer computes these channels, or none reads them
-        order = np.full(self.number, -1)
-        order[units] = np.arange(len(units))
-        parts = tuple(
-            Part(
-                name, parameters[name], dim, torch.from_numpy(np.where(o >= 0, order[o], -1)), role
+    def _copy(self, op: "_Operation") -> Tensor:
+        return self.of(op.inputs[1])
+
+    def _like(self, op: "_Operation") -> Tensor:
+        return torch.full([1] * op.made[0].ndim, FREE)
+
+    def _fill(self, op: "_Operation") -> Tensor:
+        return self.of(op.inputs[0])
+
+    def _unknown(self, op: "_Operation") -> list[Tensor]:
+        for tensor in op.inputs:
+            beside = self.beside.get(storage_of(tensor))
+            if beside is not None and beside.owner:
+                beside.owner.seen = True
+                self.pin(beside.owner)
+            else:
+                self.joins.join(self.of(tensor), PINNED)
+        return [torch.full([1] * t.ndim, PINNED) for t in op.made]
+
+    def _move(self, op: "_Operation") -> Tensor:
+        """Data movement: the labels are moved as the elements are."""
+        data = op.bound["self"]
+        labels = self.of(data)
+        if op.name in ("index", "index_select", "gather") and not self.loose(data):
+            dims = (
+                [op.bound["dim"]]
+                if "dim" in op.bound
+                else [d for d, i in enumerate(op.bound["indices"]) if i is not None]
             )
-            for name, dim, role, o in slices
+            if any(labels.shape[d] > 1 for d in dims):  # the code holds positions
+                self.joins.join(labels, PINNED)
+        if op.name == "index" and any(
+            i is not None and i.numel() == 0 for i in op.bound["indices"]
+        ):
+            return torch.full([1] * op.made[0].ndim, PINNED)
+        labels = labels.expand(data.shape)
+        rest = tree_map(
+            lambda x: x.cpu() if isinstance(x, Tensor) else x,
+            {k: v for k, v in op.bound.items() if k != "self"},
         )
-        is_filter = any(parameters[name].ndim > 2 for name in made)
-        return Found(made[0], "filter" if is_filter else "channel", parts, len(units))
+        try:
+            return op.func(labels, **rest)
+        except RuntimeError:  # not for whole numbers; what is padded becomes FREE
+            return (op.func((labels + 2).double(), **rest) - 2).long().clamp(min=FREE)
+
+    def _joined(self, op: "_Operation") -> Tensor:
+        """Concatenation; where no units lie along its dimension, the pieces meet."""
+        tensors = [t for t in op.bound["tensors"] if t.numel()]
+        dim = op.bound.get("dim", 0) % op.made[0].ndim
+        if op.name == "stack":
+            labels = [self.of(t).unsqueeze(dim) for t in tensors]
+            sizes = [t.unsqueeze(dim).shape for t in tensors]
+        else:
+            labels, sizes = [self.of(t) for t in tensors], [t.shape for t in tensors]
+        if all(a.shape[dim] == 1 for a in labels):
+            flat = [[1 if d == dim else n for d, n in enumerate(size)] for size in sizes]
+            return self.merge(list(zip(labels, flat, strict=True)), op.made[0].ndim)
+        # Constants beside units have a size of their own.
+        full = [a.masked_fill(a == FREE, PINNED) for a in labels]
+        return torch.cat([a.expand(s) for a, s in zip(full, sizes, strict=True)], dim)
+
+    def _padded(self, op: "_Operation") -> Tensor:
+        labels, pad = self.of(op.bound["self"]), op.bound["pad"]
+        for i in range(len(pad) // 2):
+            dim = labels.ndim - 1 - i
+            if labels.shape[dim] > 1:
+                before, after = pad[2 * i], pad[2 * i + 1]
+                labels = nn.functional.pad(labels, [0, 0] * i + [before, after], value=PINNED)
+        return labels
+
+    def _reduced(self, op: "_Operation") -> list[Tensor]:
+        """What is reduced, sorted or normalised together goes together."""
+        tensor = op.bound["self"]
+        if op.name == "mean" and _in_attention(sys._getframe()):  # of its heads, which few use
+            return [torch.full([1] * t.ndim, PINNED) for t in op.made]
+        dims = op.bound.get("dim")
+        if dims is None or dims == []:
+            dims = range(tensor.ndim)
+        dims = [dims] if isinstance(dims, int) else list(dims)
+        dims = [d % max(tensor.ndim, 1) for d in dims]
+        labels = self.joins.collapse(self.of(tensor), dims)
+        less = [i for i in range(tensor.ndim) if i not in dims]
+        return [
+            labels
+            if t.ndim == tensor.ndim
+            else labels.permute(*less, *dims).reshape([labels.shape[i] for i in less])
+            for t in op.made
+        ]
+
+    def _spatial(self, op: "_Operation") -> Tensor:
+        """Pooling, resizing: places mix, channels do not."""
+        tensor = op.inputs[0]
+        places = next((int(c) for c in op.name if c.isdigit()), tensor.ndim - 2)
+        return self.joins.collapse(self.of(tensor), range(tensor.ndim)[-places:])
+
+    def _regions(self, op: "_Operation") -> Tensor:
+        return self.joins.collapse(self.of(op.inputs[0]), [0, 2, 3])
+
+    def _scattered(self, op: "_Operation") -> Tensor:
+        target = op.bound["self"]
+        source = op.bound.get("src", op.bound.get("source", op.bound.get("values")))
+        if "indices" in op.bound:
+            dims = [d for d, i in enumerate(op.bound["indices"]) if i is not None]
+            if dims != list(range(len(dims))):
+                return self._unknown(op)[0]
+        else:
+            dims = [op.bound["dim"] % target.ndim]
+        labels = self.joins.collapse(self.of(target), dims)
+        if isinstance(source, Tensor):
+            given = self.of(source)
+            if "indices" in op.bound:
+                keep = target.ndim - len(dims)
+                given = self.joins.collapse(given, range(given.ndim - keep))
+                given = given.reshape(given.shape[given.ndim - keep :])
+            else:
+                given = self.joins.collapse(given, dims)
+            self.joins.join(labels, given)
+            labels = torch.where(labels == FREE, given, labels)
+        return labels
+
+    def _gated(self, op: "_Operation") -> Tensor:
+        dim = op.bound.get("dim", -1)
+        labels = self.of(op.bound["self"])
+        if labels.shape[dim] == 1:
+            return labels
+        one, other = labels.chunk(2, dim)
+        self.joins.join(one, other)
+        return one
+
+    def _layer_norm(self, op: "_Operation") -> list[Tensor]:
+        x = op.bound["input"]
+        over = range(x.ndim)[-len(op.bound["normalized_shape"]) :]
+        labels = self.joins.collapse(self.of(x), over)
+        return self._normed(op, labels)
+
+    def _batch_norm(self, op: "_Operation") -> list[Tensor]:
+        x, labels = op.bound["input"], self.of(op.bound["input"])
+        if op.bound.get("training", "running_mean" not in op.bound):
+            labels = self.joins.collapse(labels, [d for d in range(x.ndim) if d != 1])
+        return self._normed(op, labels, 1)
+
+    def _group_norm(self, op: "_Operation") -> list[Tensor]:
+        x, groups = op.bound["input"], op.bound["group"]
+        labels = self.joins.collapse(self.of(x), range(2, x.ndim))
+        if labels.shape[1] > 1:
+            labels = labels.unflatten(1, (groups, -1))
+            size = labels.shape[2]
+            labels = self.joins.collapse(labels, [2]).repeat_interleave(size, 2).flatten(1, 2)
+        return self._normed(op, labels, 1)
+
+    def _normed(self, op: "_Operation", labels: Tensor, at: int = -1) -> list[Tensor]:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if (p := op.bound.get(name)) is not None:
+                labels = self._with_vector(labels, p, at)
+        return [labels]
+
+    def _with_vector(self, labels: Tensor, vector: Tensor, at: int = -1) -> Tensor:
+        """Labels of a tensor that a vector along dimension `at` is added to or multiplied with."""
+        behind = labels.ndim - 1 - at % labels.ndim
+        operand = self._operand(vector, behind if vector.ndim == 1 else 0)
+        return self._met([(labels, labels.shape, False), operand], labels.ndim)
+
+    def _reads(self, weight: tuple[Owner, list[tuple[Tensor, int]]], dim: int, role: str) -> Tensor:
+        labels, own = weight[1][dim]
+        if own >= 0:
+            weight[0].roles[own].add(role)
+        return labels
+
+    def _convolution(self, op: "_Operation") -> Tensor:
+        x, w, groups = op.bound["input"], op.bound["weight"], op.bound["groups"]
+        weight = self.axes(w)
+        if weight is None:
+            return self._unknown(op)[0]
+        self.filters.add(weight[0].name)
+        flipped = bool(op.bound["transposed"])
+        labels = self.joins.collapse(self.of(x), [d for d in range(x.ndim) if d != 1])
+        labels = labels.flatten()
+        if groups == 1:
+            self.joins.join(labels, self._reads(weight, 0 if flipped else 1, "input"))
+            out = self._reads(weight, 1 if flipped else 0, "weight")
+        else:
+            rows = self._reads(weight, 0, "weight")
+            self.joins.join(weight[1][1][0], PINNED)
+            each = rows.reshape(groups, -1)
+            one = self.joins.collapse(each, [1])
+            self.joins.join(labels.expand(x.shape[1]).reshape(groups, -1), one)
+            out = one.expand(groups, op.made[0].shape[1] // groups).flatten()
+            out = out if flipped else rows
+        out = out.reshape(1, -1, *[1] * (x.ndim - 2))
+        if (bias := op.bound.get("bias")) is not None:
+            out = self._with_vector(out, bias, 1)
+        return out
+
+    def _product(self, op: "_Operation") -> Tensor:
+        """Of matrices (..., m, k) and (..., k, n), and of a vector."""
+        a, b = [op.bound[n] for n in PRODUCTS[op.name]]
+        vector = b.ndim == 1
+        b = b.unsqueeze(1) if vector else b
+        out = self._multiply(a, b)
+        out = out.squeeze(-1) if vector else out
+        if op.name.startswith(("add", "badd")):
+            out = self._met(
+                [(out, op.made[0].shape, False), self._operand(op.bound["self"])], out.ndim
+            )
+        return out
+
+    def _multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        if (weight := self.axes(b)) is not None:
+            return self._applied(self.of(a), weight, -2, -1)
+        if (weight := self.axes(a)) is not None:
+            return self._applied(self.of(b).mT, weight, -1, -2).mT
+        left, right = (self._data(t) for t in (a, b))
+        if left.shape[-1] == 1 and right.shape[-2] > 1:  # the other side is fixed along the sum
+            self.joins.join(right, PINNED)
+            right = torch.full_like(right[..., :1, :1], PINNED)
+        elif right.shape[-2] == 1 and left.shape[-1] > 1:
+            self.joins.join(left, PINNED)
+            left = torch.full_like(left[..., :1, :1], PINNED)
+        elif left.shape[-1] > 1:  # units are summed over: these make a head
+            left = self.joins.collapse(left, [left.ndim - 1, left.ndim - 2])
+            right = self.joins.collapse(right, [right.ndim - 1, right.ndim - 2])
+            self.heads.append(torch.cat([left.flatten(), right.flatten()]))
+        units = (left > 0) & (right > 0)
+        self.joins.join(left.where(units, FREE), right.where(units, FREE))
+        return torch.maximum(left, right)
+
+    def _data(self, tensor: Tensor) -> Tensor:
+        """The labels of a factor that is no weight; a buffer, such as frequencies, stays."""
+        labels = self.of(tensor)
+        if self.loose(tensor):
+            self.joins.join(labels, PINNED)
+            labels = torch.full([1] * tensor.ndim, PINNED)
+        return labels
+
+    def _applied(self, labels: Tensor, weight: Any, k: int, n: int) -> Tensor:
+        """Of rows with these labels (..., m, k) and a weight, whose dims k and n are given."""
+        for dim in range(len(weight[1]) - 2):
+            self.joins.join(weight[1][dim][0], PINNED)
+        read, made = self._reads(weight, k, "input"), self._reads(weight, n, "weight")
+        if labels.shape[-1] == 1 and bool((labels > 0).any()):  # rows are units, such as heads
+            self.joins.join(read, PINNED)
+            self.joins.join(made, PINNED)
+            return labels
+        self.joins.join(labels, read)
+        return made.reshape([1] * (labels.ndim - 1) + [-1])
+
+    def _embedding(self, op: "_Operation") -> Tensor:
+        weight, ids = self.axes(op.bound["weight"]), op.bound["indices"]
+        if weight is None:
+            return self._unknown(op)[0]
+        key = storage_of(ids)
+        self.ranges[key] = min(self.ranges.get(key, 2**62), len(op.bound["weight"]))
+        self.joins.join(weight[1][0][0], PINNED)
+        return self._reads(weight, 1, "weight").reshape([1] * ids.ndim + [-1])
 
 
-def _attributes(module: nn.Module, side: str) -> list[tuple[str, int, str]]:
-    """The parameters on a side of a layer: name, dimension and role of their slices."""
-    if isinstance(module, _NormBase):
-        return [("weight", 0, "scale"), ("bias", 0, "shift")]
-    if isinstance(module, nn.PReLU):
-        return [("weight", 0, "shift")]
-    flipped = isinstance(module, _ConvTransposeNd)  # weight: (in, out, ...)
-    if side == "in":
-        return [("weight", 0 if flipped else 1, "input")]
-    return [("weight", 1 if flipped else 0, "weight"), ("bias", 0, "shift")]
-
-
-# torch-pruning's graph, corrected where it overlooks that channels end ----------------------------
-
-SECONDS = 12.0  # limit of the search; networks that can be followed take two or three
-MOST = 2_000_000  # limit of the channels tied to one layer; no real network has as many
-# Parts of the names, in autograd, of operations that mix or reorder channels.
-OPAQUE = ("norm", "index", "flip", "roll", "shuffle", "bmm", "convolution")
-
-
-def sides(module: nn.Module) -> list[tuple[str, int]]:
-    """The sides, "out" and "in", on which a layer can be cut, and their numbers of channels."""
-    if isinstance(module, _ConvTransposeNd) and module.groups > 1:
-        return []
-    if isinstance(module, _ConvNd):
-        inputs = [] if module.groups > 1 else [("in", module.in_channels)]
-        return [("out", module.out_channels), *inputs]
-    if isinstance(module, nn.Linear):
-        return [("out", module.out_features), ("in", module.in_features)]
-    if isinstance(module, _NormBase) and module.affine:
-        return [("out", module.num_features)]
-    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
-        return [("out", module.num_parameters)]
-    return []
-
-
-def follow(model: nn.Module, example: Tensor, training: bool = False) -> Any:
-    """torch-pruning's graph of `model`; TimeoutError where the search would take hours."""
-    graph = _graph(time.monotonic() + SECONDS)
-    has_maps_of_three = any(isinstance(module, nn.Conv1d) for module in model.modules())
-    # The graph sees the input's channels only if they come from a parameter, so one is added.
-    ranks = (2, 3, 4, 5) if has_maps_of_three else (2, 4, 5)
-    has_channels = example.is_floating_point() and example.ndim in ranks
-    stem = nn.Parameter(torch.zeros_like(example)) if has_channels else None
-    graph.build_dependency(
-        model,
-        example,
-        forward_fn=lambda net, x: net.train(training)(x if stem is None else x + stem),
-        # Times 1, since the graph overlooks an output that is a layer's own.
-        output_transform=lambda out: [t * 1 for t in tensors_of(out) if t.grad_fn is not None],
-        unwrapped_parameters=[] if stem is None else [(stem, 1)],
-        verbose=False,
+PRODUCTS = {
+    "mm": ("self", "mat2"),
+    "bmm": ("self", "mat2"),
+    "_grouped_mm": ("self", "mat2"),
+    "mv": ("self", "vec"),
+    "addmm": ("mat1", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+    "addmv": ("mat", "vec"),
+}
+# The rules, by the names of ATen's operations. Views need none, since labels lie beside storages.
+RULES: dict[str, Callable[[Follower, _Operation], Any]] = {
+    name: rule
+    for names, rule in (
+        ("mm bmm _grouped_mm mv addmm baddbmm addmv", Follower._product),
+        ("convolution", Follower._convolution),
+        ("embedding", Follower._embedding),
+        ("native_layer_norm", Follower._layer_norm),
+        ("native_group_norm", Follower._group_norm),
+        (
+            "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
+            "_native_batch_norm_legit_no_training _batch_norm_with_update",
+            Follower._batch_norm,
+        ),
+        (
+            "flip roll repeat index index_select gather pixel_shuffle pixel_unshuffle im2col "
+            "native_channel_shuffle channel_shuffle _reshape_copy view_copy unfold_copy diag_embed",
+            Follower._move,
+        ),
+        ("cat stack", Follower._joined),
+        ("constant_pad_nd", Follower._padded),
+        ("copy", Follower._copy),
+        (
+            "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros "
+            "new_ones new_full new_empty_strided",
+            Follower._like,
+        ),
+        ("fill zero uniform normal bernoulli", Follower._fill),
+        (
+            "sum mean amax amin max min prod any all argmax argmin var var_mean std std_mean norm "
+            "linalg_vector_norm logsumexp median nansum _softmax _log_softmax _safe_softmax cumsum "
+            "cumprod sort topk argsort",
+            Follower._reduced,
+        ),
+        (
+            "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d avg_pool1d "
+            "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d "
+            "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
+            "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
+            "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
+            "_upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d "
+            "replication_pad1d replication_pad2d replication_pad3d grid_sampler_2d grid_sampler_3d",
+            Follower._spatial,
+        ),
+        ("roi_align roi_pool", Follower._regions),
+        ("scatter scatter_add scatter_reduce index_add index_put index_copy", Follower._scattered),
+        ("glu", Follower._gated),
+        (
+            "_prelu_kernel native_dropout hardswish mish gelu relu6 threshold floor_divide "
+            "heaviside copysign log_sigmoid_forward polar masked_fill tril triu where addcmul "
+            "addcdiv lerp _conj_physical rrelu_with_noise",
+            Follower._pointwise,
+        ),
     )
-    for node in graph.module2node.values():
-        node.type = None  # else torch-pruning infers all shapes again for each layer
-        node.is_end = _ends(node, has_maps_of_three)
-        on = graph.nowhere if node.is_end else graph.onward
-        for dependency in node.dependencies:  # called at each step of the search for ties
-            dependency.index_mapping.append(on)
-    return graph
+    for name in names.split()
+}
+
+RESHAPED = {"transpose_", "t_", "squeeze_", "unsqueeze_", "detach_", "as_strided_"}  # in place
 
 
-def _graph(deadline: float) -> Any:
-    from torch_pruning import ops
-    from torch_pruning.dependency import DependencyGraph
-
-    class Graph(DependencyGraph):  # these methods are called at each step of the search
-        def check_time(self) -> None:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no end after {SECONDS:g} seconds")
-
-        def onward(self, indices: list[Any]) -> list[Any]:
-            self.check_time()
-            if len(indices) > MOST:
-                raise OverflowError(f"a channel seems to lead to {len(indices)} others")
-            return indices
-
-        def nowhere(self, indices: list[Any]) -> list[Any]:
-            return []
-
-        def get_out_channels(self, node: Any) -> Any:
-            self.check_time()
-            return super().get_out_channels(node)
-
-        def get_in_channels(self, node: Any) -> Any:
-            self.check_time()
-            known = super().get_in_channels(node)
-            if isinstance(node.module, ops._ReshapeOp):
-                before = _shapes(node.grad_fn)[0]
-                if len(before) > 3:  # else it would forget channels that were concatenated before
-                    return before[1]
-            return known
-
-    return Graph()
+def _in_attention(frame: Any) -> bool:
+    """Whether torch's attention, in few steps, called the function of this frame."""
+    for _ in range(6):
+        if frame is not None and frame.f_code.co_name == "multi_head_attention_forward":
+            return True
+        frame = frame and frame.f_back
+    return False
 
 
-def tied_to(graph: Any, layer: nn.Module) -> Iterator[tuple[Any, str, np.ndarray, np.ndarray]]:
-    """What is tied to the outputs of `layer`: module, side, indices there, outputs of `layer`.
-
-    A module without sides is a place where channels end, so that they cannot be removed.
-    """
-    pruner = graph.get_pruner_of_module(layer)
-    outputs = list(range(pruner.get_out_channels(layer)))
-    for item in graph.get_pruning_group(layer, pruner.prune_out_channels, outputs):
-        dependency, indices = item
-        node = dependency.target
-        if node.is_end or sides(node.module):
-            side = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
-            yield node.module, side, np.array(indices), np.array(item.root_idxs)
-
-
-def _ends(node: Any, has_maps_of_three: bool) -> bool:
-    """Whether channels cannot be followed, or removed, beyond this node, such as the output.
-
-    Tensors of three dimensions may be (images, channels, positions), as a Conv1d reads them, or
-    (images, positions, channels).
-    """
-    from torch_pruning import ops
-
-    module = node.module
-    if isinstance(module, ops._OutputOp | nn.Parameter):
-        return True
-    if isinstance(module, _NormBase) and not module.affine and module.track_running_stats:
-        return True  # it has running statistics to cut, but no parameter to rank
-    single = isinstance(module, nn.PReLU) and module.num_parameters == 1
-    if sides(module) or single or isinstance(module, ops._ConcatOp) or _in_instance_norm(node):
-        return False
-    mixes = isinstance(module, ops._ElementWiseOp) and any(
-        word in node.grad_fn.name().lower() for word in OPAQUE
-    )
-    cuts = isinstance(module, ops._ReshapeOp) and _cuts_up(node.grad_fn, has_maps_of_three)
-    averages = isinstance(module, nn.LayerNorm | nn.GroupNorm)
-    holds = any(True for _ in module.parameters())
-    along = _along_channels(node.grad_fn, has_maps_of_three)
-    return averages or holds or mixes or cuts or along
-
-
-def _in_instance_norm(node: Any) -> bool:
-    """Whether it is one of the two operations that make up an instance normalisation."""
-    after = [*node.outputs, *(later for out in node.outputs for later in out.outputs)]
-    steps = ("ViewBackward0", "NativeBatchNormBackward0", "CudnnBatchNormBackward0")
-    is_step = node.grad_fn.name() in steps
-    return is_step and any(isinstance(later.module, _InstanceNorm) for later in after)
-
-
-def _shapes(operation: Any) -> tuple[list[int], list[int]]:
-    """The shapes of an operation's first differentiable input and of its output."""
-    before, number = next(edge for edge in operation.next_functions if edge[0] is not None)
-    return before._input_metadata[number].shape, operation._input_metadata[0].shape
-
-
-def _cuts_up(view: Any, has_maps_of_three: bool) -> bool:
-    """Whether a view splits channels: it neither flattens maps nor folds the dimensions around."""
-    before, after = _shapes(view)
-    flattens = len(after) == 2 and before[0] == after[0]
-    lowest = 2 if has_maps_of_three else 3
-    folds = min(len(before), len(after)) <= lowest and before[-1] == after[-1]
-    of_parameter = len(before) == 1
-    return not (flattens or folds or of_parameter or before[1:2] == after[1:2])
-
-
-def _along_channels(operation: Any, has_maps_of_three: bool) -> bool:
-    """Whether an operation along a dimension (a sum, a softmax) is along the channels."""
-    dims = getattr(operation, "_saved_dim", None)
-    if dims is None or "queeze" in operation.name():
-        return False
-    rank = len(_shapes(operation)[0])
-    signed = [d if d < rank else d - 2**64 for d in (dims if isinstance(dims, tuple) else (dims,))]
-    unclear = (
-        rank == 3 and not has_maps_of_three
-    )  # either (images, channels, positions) or (images, positions, channels)
-    return not unclear and any(d % rank == 1 for d in signed)
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors in a network's output, however nested in dictionaries, lists and tuples."""
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output
-    if not isinstance(output, dict | list | tuple):
-        return []
-    return [tensor for value in values for tensor in tensors_of(value)]
+def trace(model: nn.Module, examples: Sequence[Any]) -> Follower:
+    """The labels of a model after a pass of each of the examples, in evaluation mode."""
+    labels = Follower(model)
+    norms = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    for name, module in model.named_modules():
+        owner = labels.owners.get(f"{name}.weight".removeprefix("."))
+        if isinstance(module, norms) and owner is not None:
+            owner.roles[0].add("scale")
+    for module in model.modules():  # its layers have one number of hidden units
+        if isinstance(module, nn.RNNBase):
+            names = [n for n in module._flat_weights_names if "weight_hh" in n]
+            owners = {id(o.tensor): o for o in labels.owners.values()}
+            first, *rest = (owners[id(getattr(module, n))] for n in names)
+            for other in rest:
+                labels.joins.join(first.labels(1), other.labels(1))
+            if module.proj_size:
+                labels.joins.join(first.labels(1), PINNED)
+    for example in examples:
+        for tensor in tensors_of(example):
+            labels.put(tensor, labels.of(tensor))
+        with plain(labels):
+            output = call(model, example)
+        for tensor in tensors_of(output):
+            labels.joins.join(labels.of(tensor), PINNED)
+        if not labels.steered:
+            break
+    return labels

@@ -86,9 +86,10 @@ def find_groups(model: nn.Module, structure: Structure) -> list[Group]:
         raise ValueError(
             f"{type(model).__name__} has nothing that structure {name!r} can prune: "
             "it needs trainable parameters (requires_grad) of two or more dimensions, in layers of "
-            "its kind"
+            "its kind, that nothing ties to what must stay, such as the network's output or the "
+            f"mean of a norm. {getattr(found, 'report', '')}".rstrip()
         )
-    return groups
+    return found if len(groups) == len(found) else groups  # with its report
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
+from swdlib.comparing import in_eval
 from swdlib.masks import Masks
 from swdlib.schedules import check_count
 
@@ -103,18 +103,6 @@ def count_correct(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """How many rows of `logits` (N, classes) have the label among their k largest: a 0-d tensor."""
     k = min(k, logits.shape[1])
     return (logits.topk(k, dim=1).indices == labels.unsqueeze(1)).sum()
-
-
-@contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """A context with the model in evaluation mode; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def parameters(model: nn.Module, masks: Masks | None = None) -> int:

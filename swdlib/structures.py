@@ -7,7 +7,7 @@ ranked, penalised, masked and counted, so these four can never disagree. `blocks
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.nn.modules.conv import _ConvNd
 
-from swdlib.channels import Part, find_attentions, trace_units
+from swdlib import trials
 from swdlib.criteria import Criterion, score_of
 from swdlib.schedules import check_count
+from swdlib.units import Found, Part
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ class Coupled(Group):
         """
         found: dict[str, tuple[list[tuple[Part, Tensor, Tensor]], Tensor]] = {}
         for part in self.parts:
-            parts, weights = found.setdefault(part.role, ([], torch.zeros(self.count)))
+            role = "weight" if part.role == "tied" else part.role
+            parts, weights = found.setdefault(role, ([], torch.zeros(self.count)))
             inside = (part.units >= 0).nonzero().squeeze(1)
             units = part.units[inside]
             parts.append((part, inside, units))
@@ -313,41 +315,80 @@ def n_of_m(n: int, m: int) -> Structure:
     return n_of_m
 
 
-def filters(example: Tensor) -> Structure:
+def filters(example: Any) -> Structure:
     """Filters of convolutions, each with everything that depends on it.
 
-    With a filter go its bias and batch norm, the weights that read its map, and the filters to
-    which residual additions, depthwise and grouped convolutions tie it. `example` is an input of
-    the model, a batch of any size; running it shows what is tied.
+    With a filter go its bias and norm, the weights that read its map, and the filters to which
+    residual additions, depthwise and grouped convolutions tie it. `example` is an input of the
+    model: a tensor, a tuple of arguments, or a dict of keyword arguments; running it shows what is
+    tied. The groups' `report` says how many layers they reach.
     """
     return _coupled(example, "filters", ("filter",))
 
 
-def channels(example: Tensor) -> Structure:
-    """Channels of linear layers inside the network and heads of attention layers.
+def channels(example: Any) -> Structure:
+    """Channels of linear layers inside the network, hidden units of recurrent ones, and heads.
 
     The channels that a layer normalisation averages over stay: without one, the mean would change.
+    `example` as in `filters`.
     """
     return _coupled(example, "channels", ("channel", "head"))
 
 
-def filters_and_channels(example: Tensor) -> Structure:
+def heads(example: Any) -> Structure:
+    """Heads of attention; where several share keys and values, these together."""
+    return _coupled(example, "heads", ("head",))
+
+
+def filters_and_channels(example: Any) -> Structure:
     """The filters of convolutions, the channels of linear layers and the heads of attention."""
     return _coupled(example, "filters_and_channels", ("filter", "channel", "head"))
 
 
-def _coupled(example: Tensor, name: str, kinds: Sequence[str]) -> Structure:
+class Groups(list[Group]):
+    """Groups of coupled units; `report` says how much of the network they reach, and what not."""
+
+    report: str = ""
+
+
+def _coupled(example: Any, name: str, kinds: Sequence[str]) -> Structure:
     def structure(model: nn.Module) -> list[Group]:
         network = dict(model.named_parameters())
-        found = [*trace_units(model, example), *find_attentions(model)]
-        return [
-            Coupled(f.name, f.parts[0].parameter, parts=f.parts, network=network, count=f.count)
-            for f in found
-            if f.kind in kinds and all(part.parameter.requires_grad for part in f.parts)
-        ]
+        removable = trials.removable(model, example)
+        groups = Groups()
+        reached = []
+        for f in removable.found:
+            owned = [p for p in f.parts if p.role != "buffer"]
+            if f.kind in kinds and all(network[p.name].requires_grad for p in owned):
+                reached.append(f)
+                parts = tuple(replace(p, parameter=network[p.name]) for p in owned)
+                groups.append(Coupled(f.name, network[parts[0].name], 1, parts, network, f.count))
+        groups.report = _report(name, reached, removable.held, network)
+        return groups
 
     structure.__name__ = name
     return structure
+
+
+def _report(
+    name: str, found: Sequence[Found], held: Sequence[trials.Held], network: dict[str, nn.Parameter]
+) -> str:
+    kept = trials.kept_of(found, [torch.arange(f.count) > 0 for f in found])
+    left = 0
+    for key, parameter in network.items():
+        sizes = [
+            int(kept[key, d].sum()) if (key, d) in kept else n
+            for d, n in enumerate(parameter.shape)
+        ]
+        left += math.prod(sizes)
+    total = sum(p.numel() for p in network.values())
+    made = {p.name for f in found for p in f.parts if p.role in ("weight", "tied")}
+    layers = [n for n, p in network.items() if p.ndim > 1]
+    text = (
+        f"{name}: units of {len(made)} of {len(layers)} layers; at most {1 - left / total:.1%} of "
+        "the parameters can go."
+    )
+    return " ".join([text, *(f"Held: {h}." for h in held[:5])])
 
 
 # By name, for the command line and for notebooks: a function of an example input.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swdlib.comparing import in_eval
 from swdlib.metrics import (
     bytes_on_disk,
     count_correct,
     count_macs,
-    in_eval,
     latencies,
     latency,
     parameters,

@@ -160,7 +160,7 @@ def test_the_method_needs_torch_numpy_and_safetensors_alone(tmp_path: Path) -> N
 
 def test_each_extra_lists_what_its_part_requires() -> None:
     extras = project()["project"]["optional-dependencies"]
-    distributions = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_pruning": "torch-pruning"}
+    distributions = {"PIL": "pillow", "sklearn": "scikit-learn"}
     for extra, packages in swdlib._EXTRAS.items():
         lines = list(extras[extra])
         for line in lines:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from swdlib import published, structures
+from swdlib.comparing import in_eval
 from swdlib.data.images import Dataset, Split
 from swdlib.deploy import shrink
 from swdlib.masks import find_groups, kept, select
-from swdlib.metrics import in_eval
 from swdlib.models import build_model
 from swdlib.published import REFERENCES, SmoothL1, published_count, tessier_scales, zero_unread_
 from swdlib.recipes import Prune, Train

@@ -117,10 +117,10 @@ TOYS: dict[str, Toy] = {
     "batch norm": Toy(
         lambda: maps(lambda net, x: F.relu(net.norm(x)), norm=nn.BatchNorm2d(8)), IMAGE, BOTH
     ),
-    "batch norm without parameters": Toy(  # the running statistics could not be cut
+    "batch norm without parameters": Toy(
         lambda: maps(lambda net, x: net.norm(x), norm=nn.BatchNorm2d(8, affine=False)),
         IMAGE,
-        AFTER,
+        BOTH,
     ),
     "batch norm without statistics": Toy(
         lambda: maps(lambda net, x: net.norm(x), norm=nn.BatchNorm2d(8, track_running_stats=False)),
@@ -144,7 +144,9 @@ TOYS: dict[str, Toy] = {
         BOTH,
     ),
     "group norm": Toy(
-        lambda: maps(lambda net, x: net.norm(x), norm=nn.GroupNorm(2, 8)), IMAGE, AFTER
+        lambda: maps(lambda net, x: net.norm(x), norm=nn.GroupNorm(2, 8)),
+        IMAGE,
+        {"a.weight": 2, "b.weight": 6},
     ),
     "layer norm": Toy(
         lambda: features(lambda net, x: net.norm(x), norm=nn.LayerNorm(8)), POINTS, AFTER
@@ -179,7 +181,7 @@ TOYS: dict[str, Toy] = {
     "grouped and transposed": Toy(
         lambda: maps(lambda net, x: net.d(x), 4, d=nn.ConvTranspose2d(8, 4, 2, groups=2)),
         IMAGE,
-        AFTER,
+        {"a.weight": 2, "b.weight": 6},
     ),
     "residual": Toy(
         lambda: Net(
@@ -257,7 +259,7 @@ TOYS: dict[str, Toy] = {
     "used twice": Toy(
         lambda: features(lambda net, x: net.d(F.relu(net.d(x))), d=nn.Linear(8, 8)), POINTS, BOTH
     ),
-    "shared weight": Toy(tied, POINTS, {}),
+    "shared weight": Toy(tied, POINTS, {"0.weight": 8}),
     "two outputs": Toy(
         lambda: Net(
             lambda net, x: {"deep": [net.b(net.a(x))], "shallow": net.a(x)},
@@ -287,11 +289,19 @@ TOYS: dict[str, Toy] = {
         AFTER,
     ),
     "indexed": Toy(lambda: maps(lambda net, x: x[:, [3, 1, 0, 2, 7, 6, 4, 5]]), IMAGE, AFTER),
-    "flipped": Toy(lambda: maps(lambda net, x: x.flip(1)), IMAGE, AFTER),
+    "flipped": Toy(lambda: maps(lambda net, x: x.flip(1)), IMAGE, BOTH),
     "sliced": Toy(lambda: maps(lambda net, x: x[:, :4] + x[:, 4:], 4), IMAGE, AFTER),
-    "split": Toy(lambda: maps(lambda net, x: torch.mul(*x.chunk(2, 1)), 4), IMAGE, AFTER),
-    "linear gate": Toy(lambda: maps(lambda net, x: F.glu(x, 1), 4), IMAGE, AFTER),
-    "pixel shuffle": Toy(lambda: maps(lambda net, x: F.pixel_shuffle(x, 2), 2), IMAGE, AFTER),
+    "split": Toy(
+        lambda: maps(lambda net, x: torch.mul(*x.chunk(2, 1)), 4),
+        IMAGE,
+        {"a.weight": 4, "b.weight": 6},
+    ),
+    "linear gate": Toy(
+        lambda: maps(lambda net, x: F.glu(x, 1), 4), IMAGE, {"a.weight": 4, "b.weight": 6}
+    ),
+    "pixel shuffle": Toy(
+        lambda: maps(lambda net, x: F.pixel_shuffle(x, 2), 2), IMAGE, {"a.weight": 2, "b.weight": 6}
+    ),
     "softmax": Toy(lambda: maps(lambda net, x: x.softmax(-3)), IMAGE, AFTER),
     "mean of channels": Toy(lambda: maps(lambda net, x: x * x.mean(1, keepdim=True)), IMAGE, AFTER),
     "parameter of its own": Toy(
@@ -300,12 +310,12 @@ TOYS: dict[str, Toy] = {
             scale=nn.ParameterList([nn.Parameter(torch.rand(8, 1, 1))]),
         ),
         IMAGE,
-        AFTER,
+        BOTH,
     ),
     "weight of a layer that does not run": Toy(
         lambda: features(lambda net, x: F.linear(x, net.d.weight), 6, d=nn.Linear(8, 6)),
         POINTS,
-        AFTER,
+        {"a.weight": 8},
     ),
 }
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from swdlib import missing, require_extra
+from swdlib.comparing import in_eval
 from swdlib.deploy import stored
 from swdlib.deploy.shrinking import shrink
 from swdlib.masks import Masks, apply_, kept
-from swdlib.metrics import bytes_on_disk, count_macs, in_eval, latencies, parameters
+from swdlib.metrics import bytes_on_disk, count_macs, latencies, parameters
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from swdlib import require_extra
+from swdlib.comparing import in_eval
 from swdlib.files import write_whole
 from swdlib.masks import Masks, check_mask
-from swdlib.metrics import in_eval
 
 MAGIC = b"swdlib.sparse 2\n"
 MASK = ".mask."  # no module has an empty name, so that no name of a state_dict starts with a dot
@@ -151,7 +151,8 @@ def _parse(
         if found.shape != like.shape or found.dtype != like.dtype:
             raise ValueError(
                 f"{name} must be {like.dtype} of shape {tuple(like.shape)}, "
-                f"not {found.dtype} of {tuple(found.shape)}"
+                f"not {found.dtype} of {tuple(found.shape)}; load a shrunk network into one that "
+                "deploy.shrink made with the same masks"
             )
     masks |= {name: is_stored(stored[name]) for name in sorted(implied)}
     for name, mask in masks.items():

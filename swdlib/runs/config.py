@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from swdlib.comparing import in_eval
 from swdlib.criteria import CRITERIA, batch_norm_scale, magnitude
 from swdlib.data.load import DATASETS, AnyDataset
 from swdlib.masks import ALLOCATIONS
-from swdlib.metrics import in_eval
 from swdlib.models import MODELS, build_model, check_model
 from swdlib.published import REFERENCES, STD
 from swdlib.published import STRUCTURES as PUBLISHED_STRUCTURES

@@ -16,12 +16,13 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from swdlib.comparing import in_eval
 from swdlib.data.load import AnyDataset, load_data
 from swdlib.deploy.shrinking import shrink
 from swdlib.deploy.stored import is_stored, save_sparse
 from swdlib.files import remove_unfinished
 from swdlib.masks import NotFinite, kept
-from swdlib.metrics import count_macs, evaluate, in_eval, latencies, parameters, recalibrated
+from swdlib.metrics import count_macs, evaluate, latencies, parameters, recalibrated
 from swdlib.published import zero_unread_
 from swdlib.runs import records
 from swdlib.runs.config import Config

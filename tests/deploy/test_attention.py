@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from swdlib.deploy.shrinking import Attention
+from swdlib.cutting import Attention
 
 
 def calls() -> list[dict[str, Any]]:

@@ -10,11 +10,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swdlib.channels import Untraceable, find_attentions, tensors_of, trace_units
-from swdlib.deploy.shrinking import Attention, shrink
+from swdlib.comparing import tensors_of
+from swdlib.cutting import Attention
+from swdlib.deploy.shrinking import shrink
 from swdlib.masks import Masks, apply_, find_groups, removed_weights, select, sparsity_of, uniform
 from swdlib.models import build_model
 from swdlib.structures import channels, filters, filters_and_channels, weights
+from swdlib.trials import removable
+from swdlib.units import Untraceable
 from tests import toys
 
 
@@ -197,9 +200,9 @@ def test_heads_are_removed() -> None:
 def halved(model: nn.Module, example: Tensor) -> Masks:
     """Return masks that remove half of the units of each layer, drawn at random."""
     masks = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
-    for layer in [*trace_units(model, example), *find_attentions(model)]:
+    for layer in removable(model, example).found:
         gone = torch.randperm(layer.count) < layer.count // 2
-        for part in layer.parts:
+        for part in (p for p in layer.parts if p.role != "buffer"):
             slices = torch.cat([gone, torch.zeros(1, dtype=torch.bool)])[part.units]
             masks[part.name].movedim(part.dim, 0)[slices] = False
     return masks
@@ -233,97 +236,30 @@ def test_shrunk_toys_train(name: str) -> None:
     assert small.state_dict().keys() == model.state_dict().keys()
 
 
-class Hidden(nn.Module):
-    """A sum over channels whose weights no parameter and no layer holds."""
-
-    def __init__(self, detached: bool) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 4)
-        self.detached = detached
-        self.register_buffer("weight", torch.randn(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x).relu()
-        aside = hidden.detach() @ self.weight if self.detached else hidden * self.weight
-        return self.second(hidden) + aside[:, None] if self.detached else self.second(aside)
+FORBIDDEN: dict[str, Callable[[], nn.Module]] = {
+    "they see each other's mean": lambda: toys.features(
+        lambda net, x: x + x.mean(1, keepdim=True).detach()
+    ),
+    "their number is a factor": lambda: toys.features(lambda net, x: x * x.shape[1]),
+    "not a number if one is missing": lambda: toys.features(
+        lambda net, x: x + (0.0 if x.shape[1] == 8 else torch.nan)
+    ),
+}
 
 
-@pytest.mark.parametrize("detached", [True, False])
-def test_what_the_graph_does_not_show_is_found_by_running_the_network(detached: bool) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_units_that_the_code_forbids_are_neither_offered_nor_cut(name: str, scale: float) -> None:
     torch.manual_seed(0)
-    model, example = Hidden(detached), torch.randn(2, 3)
-    masks = select(find_groups(model, channels(example)), 0.4)
-    with pytest.raises(
-        ValueError,
-        match=r"^Hidden does not run once its channels are removed: .*; leave the layers",
-    ):
-        shrink(model, masks, example)
-
-
-class Mixed(nn.Module):
-    """Its channels see each other's mean, and no gradient tells; its output may be small."""
-
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        return self.second(hidden + hidden.mean(1, keepdim=True).detach()) * self.scale
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-3])
-def test_small_outputs_are_compared_as_well(scale: float) -> None:
-    torch.manual_seed(0)
-    model, example = Mixed(scale), torch.randn(2, 3, 7, 7)
-    masks = select(find_groups(model, filters(example)), 0.4)
-    with pytest.raises(ValueError, match="Mixed computes something else"):
-        shrink(model, masks, example)
-
-
-class Counted(nn.Module):
-    """Its output depends on how many channels there are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        return self.second(hidden) * hidden.shape[1]
-
-
-@pytest.mark.parametrize("example", [torch.randn(2, 3), torch.zeros(2, 3), torch.ones(2, 3)])
-def test_other_outputs_are_refused_whatever_the_example(example: Tensor) -> None:
-    torch.manual_seed(0)
-    model = Counted()
-    model.first.bias.data.zero_()
-    model.second.bias.data.zero_()  # so that zeros, put in, would stay zeros
-    masks = select(find_groups(model, channels(example)), 0.4)
-    with pytest.raises(
-        ValueError, match=r"Counted computes something else: .* graph does not show: leave"
-    ):
-        shrink(model, masks, example)
-
-
-class Overflows(nn.Module):
-    """A second output that is not a number if the first layer has fewer than eight outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.first(x)
-        return self.second(hidden), x + (0.0 if hidden.shape[1] == 8 else torch.nan)
-
-
-def test_an_output_that_is_no_number_is_refused() -> None:
-    model, example = Overflows(), torch.randn(2, 3)
-    masks = select(find_groups(model, channels(example)), 0.4)
-    with pytest.raises(ValueError, match="Overflows computes something else"):
-        shrink(model, masks, example)
+    model, example = FORBIDDEN[name]().eval(), torch.randn(2, 3)
+    model.get_parameter("c.weight").data *= scale
+    groups = find_groups(model, channels(example))
+    assert [group.name for group in groups] == ["b.weight"]
+    masks = select(weights(model), 0.0)
+    masks["b.weight"][:, 1] = False
+    small = shrink(model, masks, example)
+    assert size(small) == size(model)
+    assert_equal_outputs(small, masked(model, masks), example)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
