@@ -83,11 +83,17 @@ def find_groups(model: nn.Module, structure: Structure) -> list[Group]:
         )
     groups = [group for group in found if group.units]
     if not groups:
-        raise ValueError(
-            f"{type(model).__name__} has nothing that structure {name!r} can prune: "
+        reason = (
             "it needs trainable parameters (requires_grad) of two or more dimensions, in layers of "
-            "its kind, that nothing ties to what must stay, such as the network's output or the "
-            f"mean of a norm. {getattr(found, 'report', '')}".rstrip()
+            "its kind"
+        )
+        if report := getattr(found, "report", None):
+            reason = (
+                f"{report} What is tied to an output, to a mean over channels or to a computed "
+                "weight (as by weight norm) has to stay; structures.weights prunes single weights"
+            )
+        raise ValueError(
+            f"{type(model).__name__} has nothing that structure {name!r} can prune: {reason}"
         )
     return found if len(groups) == len(found) else groups  # with its report
 

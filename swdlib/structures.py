@@ -5,6 +5,7 @@ ranked, penalised, masked and counted, so these four can never disagree. `blocks
 `filters`, which need settings or an example input, are functions that return a structure.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.weight_norm import WeightNorm
 
 from swdlib import trials
 from swdlib.criteria import Criterion, score_of
@@ -248,8 +250,41 @@ def is_prunable(parameter: nn.Parameter) -> bool:
 
 
 def _prunable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in _own_weights(model) if is_prunable(p)]
+
+
+def _own_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that layers compute with, by name.
+
+    Those of a weight norm are left out: its weight is a quotient, 0 / 0 once a row is zero. A
+    parametrization that makes other numbers of zeros is a ValueError.
+    """
+    left_out: set[int] = set()
+    for prefix, module in model.named_modules():
+        if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
+            left_out |= {id(p) for n, p in module._parameters.items() if n.endswith(("_g", "_v"))}
+        for name, chain in getattr(module, "parametrizations", {}).items():
+            if not hasattr(chain, "original"):
+                left_out |= {id(p) for p in chain.parameters()}
+            elif not _keeps_zeros(chain):
+                raise ValueError(
+                    f"the {name} of {prefix or 'the model'} is computed from another parameter, of "
+                    "which zeros are none in it, so that it cannot be pruned: first call "
+                    "torch.nn.utils.parametrize.remove_parametrizations on that module"
+                )
     # named_parameters() yields a shared parameter once, under its first name.
-    return [(n, p) for n, p in model.named_parameters() if is_prunable(p)]
+    return [(n, p) for n, p in model.named_parameters() if id(p) not in left_out]
+
+
+@torch.no_grad()
+def _keeps_zeros(chain: Any) -> bool:
+    """Whether a weight is zero wherever the parameter that it is computed from is."""
+    original, steps = chain.original, copy.deepcopy(chain).eval()
+    zeros = torch.arange(original.numel(), device=original.device).reshape(original.shape) % 2 == 0
+    computed = original.masked_fill(zeros, 0.0)
+    for step in steps.children():
+        computed = step(computed)
+    return computed.shape == zeros.shape and not computed[zeros].any()
 
 
 def weights(model: nn.Module) -> list[Group]:
@@ -273,7 +308,7 @@ def parameters(model: nn.Module, also: Sequence[nn.Module] = ()) -> list[Group]:
     """
     layers = [m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear)]
     ranked = {id(p) for module in [*layers, *also] for p in module.parameters(recurse=False)}
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    trained = [(n, p) for n, p in _own_weights(model) if p.requires_grad and p.numel()]
     groups: list[Group] = [Single(n, p, ranked=id(p) in ranked) for n, p in trained]
     return groups if any(id(p) in ranked for _, p in trained) else []
 

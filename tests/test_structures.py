@@ -13,6 +13,7 @@ from swdlib.structures import (
     filters,
     kernels,
     n_of_m,
+    parameters,
     weights,
 )
 
@@ -252,3 +253,24 @@ def test_channels_of_linear_layers_and_heads() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
     groups = channels(torch.zeros(1, 3, 8))(layer)
     assert sorted((g.name, g.units) for g in groups) == [("linear1.weight", 12), ("self_attn", 2)]
+
+
+def test_weights_that_are_computed_from_others() -> None:
+    """Where zeros are kept they are prunable, where a row of them is 0 / 0 they are left out."""
+    parametrizations = nn.utils.parametrizations
+    spectral = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    names = [group.name for group in weights(spectral)]
+    assert names == ["0.parametrizations.weight.original", "1.weight"]
+    normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    assert [group.name for group in weights(normed)] == ["1.weight"]
+    counted = [group.name for group in parameters(normed)]
+    assert counted == ["0.bias", "1.weight", "1.bias"]
+    turned = nn.Sequential(nn.Linear(4, 4), parametrizations.orthogonal(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"the weight of 1 is computed .*remove_parametrizations"):
+        weights(turned)
+
+
+def test_what_keeps_units_from_leaving_is_said() -> None:
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"0 of 3 layers.* to a computed weight"):
+        find_groups(normed, channels(torch.zeros(1, 4)))
