@@ -278,7 +278,7 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
                 f"accuracy may fall: {self.step} of {self.steps} optimizer steps were counted"
                 f"{others}, and the strength reached {self.strength:.3g}",
                 NotNeutral,
-                stacklevel=3,
+                stacklevel=4,  # the caller of prune(); no_grad adds a frame
             )
 
     def report(self) -> dict[str, float]:

@@ -63,8 +63,11 @@ def test_steps_that_are_missing_are_told() -> None:
     optimizer, swd = sgd(model.parameters()), penalty(model, steps=4 * STEPS)
     swd.attach(optimizer)
     train(model, optimizer)
-    with pytest.warns(NotNeutral, match="60 of 240 optimizer steps .* the strength reached 3.16"):
+    with pytest.warns(
+        NotNeutral, match="60 of 240 optimizer steps .* the strength reached 3.16"
+    ) as told:
         swd.prune()
+    assert told[0].filename == __file__
 
 
 def test_a_forgotten_attach_is_told() -> None:
