@@ -398,7 +398,7 @@ def _coupled(example: Any, name: str, kinds: Sequence[str]) -> Structure:
                 reached.append(f)
                 parts = tuple(replace(p, parameter=network[p.name]) for p in owned)
                 groups.append(Coupled(f.name, network[parts[0].name], 1, parts, network, f.count))
-        groups.report = _report(name, reached, removable.held, network)
+        groups.report = _report(structure.__name__, reached, removable.held, network)
         return groups
 
     structure.__name__ = name
