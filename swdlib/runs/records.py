@@ -124,7 +124,7 @@ def save(record: Record, folder: Path) -> Path:
 
 def load(path: Path) -> Record:
     """Read a record; ValueError if it is damaged, or if its name and configuration disagree."""
-    if not path.is_file():  # opening a pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
         raise ValueError(f"{path} is no readable record: it is no file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
