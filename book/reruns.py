@@ -267,9 +267,10 @@ def committed(folder: Path) -> list[Path]:
 def shell(config: dict[str, Any]) -> str:
     """Return the command that runs a configuration."""
     chosen = {name: config[name] for name in ("profile", "recipe")}
-    # Network slimming has no default structure: its units need batch-norm scales.
-    plain = Config(**chosen, structure=config["structure"] or "weights").settings()
-    plain["structure"] = "weights"
+    # Not every structure goes with every recipe and network.
+    like = {"model": config["model"], "structure": config["structure"] or "weights"}
+    plain = Config(**chosen, **like).settings()
+    plain |= {"model": PROFILES[config["profile"]]["model"], "structure": "weights"}
     changed = {
         name: value
         for name, value in config.items()
