@@ -81,7 +81,8 @@ class BatchNormL1(hooks.Method):
                 f"{type(model).__name__} has no trainable batch-norm scales to penalise: use a "
                 "network with batch normalisation (affine=True), or another method"
             )
-        for group in find_groups(model, structure):
+        self.groups = find_groups(model, structure)
+        for group in self.groups:
             group.scores(batch_norm_scale)  # ValueError now and not once training has ended
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:

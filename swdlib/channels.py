@@ -61,11 +61,11 @@ class Follower(TorchDispatchMode, Labels):
             self._see(name, bound, made)
             return out
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        plain = [i for i in inputs if not self.loose(i)]
-        loose = len(plain) < len(inputs) and all(bool((self.of(i) == FREE).all()) for i in plain)
-        weighty = any(self.loose(i) for i in inputs)
-        if not weighty and not any(bool((self.of(i) > 0).any()) for i in plain):
-            fixed = any(bool((self.of(i) == PINNED).any()) for i in plain)
+        others = [i for i in inputs if not self.loose(i)]
+        weighty = len(others) < len(inputs)
+        loose = weighty and all(bool((self.of(i) == FREE).all()) for i in others)
+        if not weighty and not any(bool((self.of(i) > 0).any()) for i in others):
+            fixed = any(bool((self.of(i) == PINNED).any()) for i in others)
             found = [torch.full([1] * t.ndim, PINNED if fixed else FREE) for t in made]
         else:
             name = name.removesuffix("_") if func._schema.is_mutable else name

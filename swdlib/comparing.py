@@ -24,7 +24,7 @@ class Differs(ValueError):
     """A smaller network computes something else than the masked one."""
 
 
-# Running -----
+# Running ------------------------------------------------------------------------------------------
 
 
 @contextmanager

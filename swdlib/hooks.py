@@ -54,8 +54,7 @@ class Method:
         """
         chain = unwrapped(optimizer)
         optimizer = chain[-1]
-        stepped = {id(p) for other in self._optimizers for p in _stepped_by(other)}
-        if stepped & owned_by(optimizer):
+        if owned_by(*self._optimizers) & owned_by(optimizer):
             raise ValueError(
                 f"this {type(self).__name__} is attached already to an optimizer of the same "
                 "parameters; call detach() first"
@@ -300,9 +299,9 @@ def _stepped_by(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def owned_by(optimizer: Optimizer) -> set[int]:
-    """The id() of each parameter that the optimizer steps, whatever group it is in."""
-    return {id(parameter) for parameter in _stepped_by(optimizer)}
+def owned_by(*optimizers: Optimizer) -> set[int]:
+    """The id() of each parameter that the optimizers step, whatever group it is in."""
+    return {id(parameter) for one in optimizers for parameter in _stepped_by(one)}
 
 
 def require_hookable(optimizer: Optimizer, update: str) -> None:

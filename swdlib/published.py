@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swdlib.baselines import BatchNormL1, GradualPruning
+from swdlib import recipes
+from swdlib.baselines import BatchNormL1
 from swdlib.criteria import Criterion, batch_norm_scale, magnitude, score_of
-from swdlib.masks import check_sparsity, find_groups
+from swdlib.masks import check_sparsity
 from swdlib.models import TessierBlock
-from swdlib.recipes import Phase, Prune, Recipe, Train
+from swdlib.recipes import Phase, Prune, Recipe, Train, on_scales
 from swdlib.schedules import Constant, Schedule, Steps, check_count
 from swdlib.structures import Group, Structure, parameters
 
@@ -215,8 +216,7 @@ class SmoothL1(BatchNormL1):
 
     def __init__(self, model: nn.Module, *, l1: float = 1e-4, structure: Structure) -> None:
         super().__init__(model, l1=l1, structure=structure)
-        groups = find_groups(model, structure)
-        ranked = [group.parameter for group in groups if isinstance(group, Scales)]
+        ranked = [group.parameter for group in self.groups if isinstance(group, Scales)]
         self.scales = ranked or self.scales
 
     def slope(self, scale: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def renda2020(
     Where batch-norm scales are ranked, `SmoothL1` of strength `l1` acts until the last cut.
     """
     by_scale = structure in (tessier_scales, tessier_filters)
-    penalty = _smooth_l1(l1, structure) if by_scale else None
+    penalty = on_scales(SmoothL1, l1, structure) if by_scale else None
     cuts = _cuts(lr, sparsity, structure, finetune_epochs, iterations, penalty)
     cuts[1] = replace(cuts[1], lr=_in_whole_epochs(lr, finetune_epochs), keep_momentum=False)
     return [Train(epochs, _in_whole_epochs(lr, epochs), penalty), *cuts]
@@ -270,7 +270,7 @@ def liu2017(
     l1: float = 1e-4,
 ) -> list[Phase]:
     """`han2015` by batch-norm scale, with `SmoothL1` of strength `l1` until the last cut."""
-    penalty = _smooth_l1(l1, structure)
+    penalty = on_scales(SmoothL1, l1, structure)
     cuts = _cuts(lr, sparsity, structure, finetune_epochs, iterations, penalty, batch_norm_scale)
     return [Train(epochs, _in_whole_epochs(lr, epochs), penalty), *cuts]
 
@@ -278,14 +278,8 @@ def liu2017(
 def soft(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> list[Phase]:
     """The lowest become zero at the start of each epoch, and may return; then a cut."""
 
-    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> GradualPruning:
-        once = max(1, steps // epochs)  # a dry run has fewer steps than epochs
-        ranking |= {"sparsity": sparsity, "structure": structure}
-        return GradualPruning(model, steps=steps, every=once, soft=True, **ranking)
-
     first = Prune(sparsity, structure, held=False)
-    whole = _in_whole_epochs(lr, epochs)
-    return [first, Train(epochs, whole, penalty), Prune(sparsity, structure)]
+    return [first, *recipes.soft(epochs, _in_whole_epochs(lr, epochs), sparsity, structure)]
 
 
 REFERENCES: dict[str, Recipe] = {
@@ -299,7 +293,7 @@ def _cuts(
     structure: Structure,
     epochs: int,
     iterations: int,
-    penalty: Callable[..., SmoothL1] | None = None,
+    penalty: Callable[..., BatchNormL1] | None = None,
     criterion: Criterion = magnitude,
 ) -> list[Any]:
     """Cuts to evenly spaced targets, each with its fine-tuning; the last has no penalty."""
@@ -313,13 +307,6 @@ def _cuts(
     tune = Train(epochs, Constant(lr(1.0)), penalty, keep_momentum=True)
     phases = [p for target in targets for p in (Prune(target, structure, criterion), tune)]
     return [*phases[:-1], replace(tune, penalty=None)]
-
-
-def _smooth_l1(l1: float, structure: Structure) -> Callable[..., SmoothL1]:
-    def smooth_l1(model: nn.Module, *, steps: int, **ranking: Any) -> SmoothL1:
-        return SmoothL1(model, l1=l1, structure=structure)
-
-    return smooth_l1
 
 
 def _in_whole_epochs(lr: Schedule, epochs: int) -> Schedule:

@@ -245,14 +245,22 @@ def liu2017(
     """
     _check_finetuning(epochs, finetune_epochs)
 
-    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> BatchNormL1:
-        return BatchNormL1(model, l1=l1, structure=structure)
-
     return [
-        Train(epochs - finetune_epochs, lr, penalty),
+        Train(epochs - finetune_epochs, lr, on_scales(BatchNormL1, l1, structure)),
         Prune(sparsity, structure, batch_norm_scale),
         Train(finetune_epochs, lr),
     ]
+
+
+def on_scales(
+    kind: type[BatchNormL1], l1: float, structure: Structure
+) -> Callable[..., BatchNormL1]:
+    """What makes a penalty on batch-norm scales when a phase starts, of whatever steps."""
+
+    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> BatchNormL1:
+        return kind(model, l1=l1, structure=structure)
+
+    return penalty
 
 
 def soft(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> list[Phase]:

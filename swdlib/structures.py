@@ -227,11 +227,10 @@ class Coupled(Group):
     def removed(self, units: Tensor) -> dict[str, Tensor]:
         """The weights of `units`: name -> bool tensor that broadcasts to the parameter's shape."""
         gone: dict[str, Tensor] = {}
-        extended = torch.cat([units, units.new_zeros(1)])  # index -1, of no unit, is False
         for part in self.parts:
             shape = [1] * part.parameter.ndim
             shape[part.dim] = -1
-            slices = extended[part.units.to(units.device)].reshape(shape)
+            slices = part.slices(units).reshape(shape)
             gone[part.name] = either(gone[part.name], slices) if part.name in gone else slices
         return gone
 

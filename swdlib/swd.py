@@ -270,7 +270,7 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
                 "SelectiveWeightDecay, which leaves it alone"
             )
         if (of_all := math.hypot(*cut.values())) > NEUTRAL * norm:
-            stepped = {i for optimizer in self._optimizers for i in hooks.owned_by(optimizer)}
+            stepped = hooks.owned_by(*self._optimizers)
             alone = [name for name in large if id(now[name]) not in stepped]
             others = f", none of {', '.join(alone[:3])} by an attached optimizer" if alone else ""
             warnings.warn(

@@ -286,11 +286,10 @@ def kept_of(found: Sequence[Found], gone: Sequence[Tensor]) -> dict[tuple[str, i
     """(Name, dimension) -> which slices stay, if the units `gone` of each group go."""
     kept: dict[tuple[str, int], Tensor] = {}
     for group, dropped in zip(found, gone, strict=True):
-        extended = torch.cat([dropped, dropped.new_zeros(1)])
         for part in group.parts:
             key = part.name, part.dim
             kept[key] = kept.get(key, torch.ones(len(part.units), dtype=torch.bool))
-            kept[key] = kept[key] & ~extended[part.units]
+            kept[key] = kept[key] & ~part.slices(dropped)
     return kept
 
 

@@ -28,6 +28,11 @@ class Part:
     units: Tensor
     role: str
 
+    def slices(self, chosen: Tensor) -> Tensor:
+        """Which slices belong to the units that a bool tensor (units,) chooses: one (slices,)."""
+        extended = torch.cat([chosen, chosen.new_zeros(1)])  # index -1, of no unit, is False
+        return extended[self.units.to(chosen.device)]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -119,11 +124,7 @@ def _square(joins: Joins, labels: Tensor, attempt: int) -> None:
 def _is_square(labels: Tensor, varying: Sequence[int]) -> bool:
     """Whether each class fills whole slices along one dimension; FREE fills any."""
     values, index = labels.unique(return_inverse=True)
-    size = (
-        index.bincount(minlength=len(values))
-        if index.ndim == 1
-        else index.flatten().bincount(minlength=len(values))
-    )
+    size = index.flatten().bincount(minlength=len(values))
     free = labels == FREE
     whole = values <= PINNED
     for dim in varying:

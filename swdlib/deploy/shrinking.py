@@ -73,6 +73,5 @@ def _drop(layer: Found, kept: Kept, used: dict[str, Tensor]) -> bool:
         read[alive.nonzero()[0]] = True  # a layer without units cannot run: its first one stays
     dropped = alive & ~read
     for part in layer.parts:
-        gone = torch.cat([dropped, dropped.new_zeros(1)])[part.units]  # unit -1 is none: it stays
-        kept[part.name, part.dim] = kept[part.name, part.dim] & ~gone
+        kept[part.name, part.dim] = kept[part.name, part.dim] & ~part.slices(dropped)
     return bool(dropped.any())

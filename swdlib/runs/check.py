@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from swdlib import published
 from swdlib.data.load import SHAPES, AnyDataset, load_data
 from swdlib.deploy.shrinking import shrink
 from swdlib.deploy.stored import load_sparse, tensors_of_state, to_onnx
@@ -42,7 +43,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": (1e-3, 0.1), "bf16": (0.05, 1.0), "fp16": (0.05, 1.0)}
 
 # Structures whose sparsity is not that of all that they cut.
-BY_THRESHOLD = ("parameters", "tessier_parameters", "tessier_scales", "tessier_filters")
+BY_THRESHOLD = ("parameters", *published.STRUCTURES)
 
 Known = dict[str, list[Any]] | None
 
@@ -148,20 +149,14 @@ def _rows(record: Record) -> Iterator[str]:
         if sorted(everything) != everything or sorted(set(trained)) != trained:
             yield f"rows: {name} must rise"
     epochs = [row["epoch"] for row in record.rows if row["kind"] == "train"]
-    if epochs != [*range(1, len(epochs) + 1)] or len(epochs) != _epochs(record.config):
-        yield f"rows: epochs must be 1 to {_epochs(record.config)}, not {epochs}"
+    wanted = Config(**record.config).epochs_in_all()
+    if epochs != [*range(1, len(epochs) + 1)] or len(epochs) != wanted:
+        yield f"rows: epochs must be 1 to {wanted}, not {epochs}"
     for number, row in enumerate(record.rows):
         measured = [row[name] for name in ("loss", "top1", "top5", "sparsity", "parameters")]
         in_range = 0 <= row["top1"] <= row["top5"] <= 100 and 0 <= row["sparsity"] < 1
         if not (all(map(math.isfinite, measured)) and row["loss"] >= 0 and in_range):
             yield f"row {number}: a loss, accuracy or sparsity is out of range"
-
-
-def _epochs(config: dict[str, Any]) -> int:
-    """The epochs of a run in all."""
-    if config.get("budget") != "published":
-        return int(config["epochs"])
-    return int(config["epochs"] + (config["iterations"] or 0) * (config["finetune_epochs"] or 0))
 
 
 def _sizes(record: Record) -> Iterator[str]:

@@ -12,21 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from swdlib import published, structures
 from swdlib.comparing import in_eval
 from swdlib.criteria import CRITERIA, batch_norm_scale, magnitude
 from swdlib.data.load import DATASETS, AnyDataset
 from swdlib.masks import ALLOCATIONS
 from swdlib.models import MODELS, build_model, check_model
 from swdlib.published import REFERENCES, STD
-from swdlib.published import STRUCTURES as PUBLISHED_STRUCTURES
 from swdlib.recipes import RECIPES, Phase, Prune, Recipe, Train, ranked
 from swdlib.runs.devices import Precision, check_tracker
 from swdlib.runs.training import Options
 from swdlib.schedules import Cosine, Growth, Piecewise, Schedule, Steps, check_count
-from swdlib.structures import STRUCTURES
 from swdlib.swd import Update
 
-STRUCTURES = STRUCTURES | PUBLISHED_STRUCTURES
+STRUCTURES = structures.STRUCTURES | published.STRUCTURES
 BUDGETS = ("equal", "published")
 NORMALISATIONS = ("measured", "published")
 
@@ -173,11 +172,14 @@ class Config:
         """A line that names the run."""
         width = "" if self.width is None else f" of width {self.width}"
         cut = f" at sparsity {self.sparsity:g}" if self.sparsity else ""
-        epochs = sum(phase.epochs for phase in self.phases() if isinstance(phase, Train))
         return (
             f"{self.recipe}{cut}: {self.model}{width} on {self.dataset}, "
-            f"{epochs} epochs, seed {self.seed}"
+            f"{self.epochs_in_all()} epochs, seed {self.seed}"
         )
+
+    def epochs_in_all(self) -> int:
+        """The epochs of all phases."""
+        return sum(phase.epochs for phase in self.phases() if isinstance(phase, Train))
 
     def normalised(self, data: AnyDataset) -> AnyDataset:
         """The data with the normalisation that these settings say."""
@@ -267,7 +269,7 @@ class Config:
         """Let the recipe check its settings, and refuse what does not go together."""
         if self.normalisation == "published" and self.dataset not in STD:
             raise ValueError(f"normalisation must be 'measured' for dataset {self.dataset!r}")
-        if self.structure in PUBLISHED_STRUCTURES and not self.model.startswith("tessier"):
+        if self.structure in published.STRUCTURES and not self.model.startswith("tessier"):
             raise ValueError(
                 f"structure {self.structure!r} is for the networks tessier_..., not for model "
                 f"{self.model!r}: use another, such as 'parameters' or 'filters'"

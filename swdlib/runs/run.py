@@ -16,14 +16,14 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from swdlib import published
 from swdlib.comparing import in_eval
 from swdlib.data.load import AnyDataset, load_data
 from swdlib.deploy.shrinking import shrink
 from swdlib.deploy.stored import is_stored, save_sparse
 from swdlib.files import remove_unfinished
-from swdlib.masks import NotFinite, kept
+from swdlib.masks import Masks, NotFinite, kept
 from swdlib.metrics import count_macs, evaluate, latencies, parameters, recalibrated
-from swdlib.published import zero_unread_
 from swdlib.runs import records
 from swdlib.runs.config import Config
 from swdlib.runs.devices import Tracker, find_device, is_main_process, main_process_first
@@ -98,8 +98,11 @@ def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str
         example = next(data.test_batches(2))[0]
         rows = train(model, data, config.phases(example), **options)
         if config.structure in SHRINKABLE:
-            published = config.structure.startswith("tessier")
-            rows.append(_measure_shrunk(model, data, example, rows[-1], published))
+            masked = copy.deepcopy(model)
+            if config.structure in published.STRUCTURES:
+                published.zero_unread_(masked)
+            masks = {name: p.detach() != 0 for name, p in masked.named_parameters()}
+            rows.append(_measure_shrunk(model, data, example, rows[-1], masks))
         twin = recalibrated(model, data)
         if twin is not None:
             measured = evaluate(twin, data)
@@ -110,16 +113,9 @@ def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str
 
 
 def _measure_shrunk(
-    model: nn.Module, data: AnyDataset, example: Tensor, last: Row, by_scale: bool
+    model: nn.Module, data: AnyDataset, example: Tensor, last: Row, masks: Masks
 ) -> Row:
-    """The row of the shrunk network: measured again, and timed on one image beside the dense.
-
-    With `by_scale`, maps of scale zero are taken not to be read.
-    """
-    masked = copy.deepcopy(model)
-    if by_scale:
-        zero_unread_(masked)
-    masks = {name: p.detach() != 0 for name, p in masked.named_parameters()}
+    """The row of the shrunk network: measured again, and timed on one image beside the dense."""
     small, image = shrink(model, masks, example), example[:1]
     with in_eval(model), in_eval(small), torch.inference_mode():
         seconds = latencies({"dense": partial(model, image), "shrunk": partial(small, image)})

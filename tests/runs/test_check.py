@@ -53,7 +53,7 @@ def tampered(folder: Path, change: Callable[[dict[str, Any]], object]) -> Audit:
     path = record_in(folder)
     content = json.loads(path.read_text("utf-8"))
     change(content)
-    content["checksum"] = records.checksum(content)  # whoever tampers may know of it
+    content["checksum"] = records.checksum(content)  # one who tampers may know of it
     path.write_text(json.dumps(content), "utf-8")
     [found] = audit_all(folder)
     return found
