@@ -227,13 +227,21 @@ def within(files: list[str], folders: tuple[Path, ...]) -> list[Path]:
 
 
 def insert_box(notebook: Path, run: reruns.Run) -> None:
-    """Insert the box on how to rerun a notebook below its first code cells, the parameters."""
+    """Insert the box on how to rerun a notebook before its first section.
+
+    The box lists the parameters, so that their cells are left out of the page.
+    """
     content = nbformat.read(notebook, as_version=4)
-    kinds = [cell.cell_type for cell in content.cells]
-    after = next(
-        (i for i in range(kinds.index("code"), len(kinds)) if kinds[i] != "code"), len(kinds)
+    sections = (
+        i
+        for i, cell in enumerate(content.cells)
+        if cell.cell_type == "markdown" and cell.source.startswith("## ")
     )
-    content.cells.insert(after, nbformat.v4.new_markdown_cell(reruns.box(run)))
+    at = next(sections, len(content.cells))
+    content.cells.insert(at, nbformat.v4.new_markdown_cell(reruns.box(run)))
+    for cell in content.cells:
+        if {"parameters", "injected-parameters"} & set(tags := cell.metadata.get("tags", [])):
+            cell.metadata["tags"] = [*tags, "remove-cell"]
     nbformat.write(content, notebook)
 
 

@@ -76,6 +76,11 @@ def paragraph(text: str) -> str:
     return f"<p>{inline(text)}</p>"
 
 
+def _labelled(self: Any, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
+    """A numbered formula; a slide has no number to give it."""
+    return _formula(tokens[at].content, {"display_mode": True})
+
+
 def _formula(content: str, options: dict[str, Any]) -> str:
     left, right = (r"\[", r"\]") if options["display_mode"] else (r"\(", r"\)")
     return left + escape(content, quote=False) + right
@@ -83,9 +88,14 @@ def _formula(content: str, options: dict[str, Any]) -> str:
 
 def _role(renderer: Any, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
     """A role's text without its target; of a citation, which only Sphinx can resolve, the key."""
+    name = tokens[at].meta["name"]
+    if name in REFERENCES:
+        return REFERENCES[name]
     text = re.sub(r"\s*<[^<>]*>$", "", tokens[at].content)
-    return escape(f"[{text}]" if tokens[at].meta["name"].startswith("cite") else text)
+    return escape(f"[{text}]" if name.startswith("cite") else text)
 
+
+REFERENCES = {"numref": "the figure", "eq": "above"}  # only Sphinx knows the numbers
 
 MARKDOWN = (
     MarkdownIt("commonmark")
@@ -95,3 +105,4 @@ MARKDOWN = (
     .use(myst_role_plugin)
 )
 MARKDOWN.add_render_rule("myst_role", _role)
+MARKDOWN.add_render_rule("math_block_label", _labelled)

@@ -1,4 +1,4 @@
-"""The lab's exercise: check whether a network was pruned as asked, and say what is missing."""
+"""Exercises: check what a reader wrote, a function or a pruned network, and say what is missing."""
 
 import copy
 from collections.abc import Callable
@@ -28,6 +28,32 @@ class Check:
     def __str__(self) -> str:
         sign, remedy = ("✓", "") if self.passed else ("✗", f"\n    {self.remedy}")
         return f"{sign} {self.name}: {self.found}{remedy}"
+
+
+def check_answer(attempt: Callable[..., Any], solution: Callable[..., Any], *cases: Any) -> Check:
+    """Check that `attempt` returns what `solution` does, to rounding, for each of the `cases`.
+
+    A case is the tuple of arguments; each call gets a copy. Whatever `attempt` does, a failed check
+    says for which arguments it went wrong and raises nothing.
+    """
+    for case in cases:
+        wanted, asked = solution(*copy.deepcopy(case)), f"for {', '.join(map(_short, case))}"
+        try:
+            found = attempt(*copy.deepcopy(case))
+            if found is None:
+                return Check(attempt.__name__, False, "it returns None: fill in the blank")
+            torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted))
+        except AssertionError:
+            remedy = f"{asked}, the answer is {_short(wanted)}"
+            return Check(attempt.__name__, False, f"it returns {_short(found)}", remedy)
+        except Exception as error:  # a reader's code may raise anything
+            return Check(attempt.__name__, False, f"it raises {error!r}", asked)
+    return Check(attempt.__name__, True, f"right in all {len(cases)} cases")
+
+
+def _short(value: Any) -> str:
+    shown = str(value.tolist() if isinstance(value, torch.Tensor) else value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def check_pruned(

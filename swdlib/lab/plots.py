@@ -341,8 +341,8 @@ def _look(i: int) -> dict[str, Any]:
 
 def _axes(ax: Axes | None, xlabel: str, ylabel: str, rows: int = 0, height: float = 0) -> Axes:
     if ax is None:
-        height = height or max(3.4, 1 + 0.35 * rows)
-        ax = plt.subplots(figsize=(5.0, height), dpi=180, layout="constrained")[1]
+        height = height or max(3.2, 1 + 0.35 * rows)
+        ax = plt.subplots(figsize=(6.4, height), dpi=180, layout="constrained")[1]
     ax.figure.patch.set_alpha(0.0)
     ax.patch.set_alpha(0.0)
     ax.set_xlabel(xlabel, color=INK)

@@ -245,7 +245,7 @@ def test_only_files_of_the_book_count(tmp_path: Path) -> None:
     assert build.within(files, (tmp_path / "book",)) == [Path("records/laptop/a.json")]
 
 
-def test_box_comes_after_the_first_cells_of_code(tmp_path: Path, run: reruns.Run) -> None:
+def test_box_comes_before_the_first_section(tmp_path: Path, run: reruns.Run) -> None:
     prose = [nbformat.v4.new_markdown_cell(text) for text in ("# A page", "More")]
     path = stored(tmp_path, prose[0], code("seed = 0", "parameters"), code("f()"), prose[1])
     build.insert_box(path, run)
@@ -414,7 +414,10 @@ def faults_of(cells: list[Any]) -> list[str]:
     text = prose_of(cells)
     exercises = re.findall(r"^\*\*\d+\.\*\* ", text, re.MULTILINE)
     has = {
-        "aims": ":::{admonition} What you will know at the end\n" in text,
+        "answer": ":::{admonition} In short\n" in opening(cells),
+        "figure": any("figure" in cell.metadata.get("mystnb", {}) for cell in hook(cells)),
+        "aims": ":::{admonition} What you will learn\n" in text,
+        "summary": re.search(r"^## Summary$", text, re.MULTILINE),
         "time": re.search(r"^Reading takes \d+ minutes\b", text, re.MULTILINE),
         "exercises": len(exercises) >= 3,
         "solutions": text.count("\n:::{dropdown} Solution\n") == len(exercises),
@@ -422,6 +425,17 @@ def faults_of(cells: list[Any]) -> list[str]:
         "picture before formulas": not formulas(prose_of(before_picture(cells))),
     }
     return [name for name, found in has.items() if not found]
+
+
+def hook(cells: list[Any]) -> list[Any]:
+    """Return the cells before the first section."""
+    sections = (i for i, cell in enumerate(cells) if re.match(r"## ", cell.source))
+    return cells[: next(sections, len(cells))]
+
+
+def opening(cells: list[Any]) -> str:
+    """Return the prose before the first section."""
+    return prose_of(hook(cells))
 
 
 def before_picture(cells: list[Any]) -> list[Any]:
@@ -453,7 +467,9 @@ def test_chapter_has_all_its_parts_and_a_picture_before_the_first_formula(name: 
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ("What you will know at the end", "Aims", "aims"),
+        ("In short", "Briefly", "answer"),
+        ("## Summary", "## End", "summary"),
+        ("What you will learn", "Aims", "aims"),
         ("Reading takes", "It takes", "time"),
         ("**3.** ", "3. ", "exercises"),
         (":::{dropdown} Solution", ":::{dropdown} Hint", "solutions"),
@@ -467,6 +483,45 @@ def test_chapter_without_a_part_is_found(old: str, new: str, fault: str) -> None
     for cell in cells:
         cell.source = cell.source.replace(old, new)
     assert fault in faults_of(cells)
+
+
+FOLDED = {"parameters", "hide-input", "hide-cell", "remove-input", "remove-cell"}
+LINES = 80  # of code that a page shows unasked
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_page_shows_little_code(name: str) -> None:
+    cells = nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells
+    code = (cell for cell in cells if cell.cell_type == "code")
+    shown = (cell for cell in code if not FOLDED & set(cell.metadata.get("tags", [])))
+    assert sum(len(cell.source.splitlines()) for cell in shown) <= LINES
+
+
+def with_tasks() -> list[str]:
+    """Return the chapters of the parts that teach and measure."""
+    parts = yaml.safe_load((build.BOOK / "_toc.yml").read_text("utf-8"))["parts"]
+    return [page["file"] for part in parts[:2] for page in part["chapters"]]
+
+
+@pytest.mark.parametrize("name", with_tasks())
+def test_chapter_has_a_blank_to_fill_in_which_is_checked(name: str) -> None:
+    cells = nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert "check_answer(" in code or "check_pruned(" in code
+    assert "## Your turn" in prose_of(cells)
+
+
+PRIVATE = (
+    r"\banew\b|\bnew statistics\b|\brenewed\b|\bcourses? of the (learning )?rate\b|\bfor long\b"
+    r"|\bin earnest\b|\bto go\b(?= ?[,.:;])|\bthe shock\b|\bechoes\b|\bwhat is told\b"
+)
+
+
+@pytest.mark.parametrize(
+    "page", sorted(p.name for p in build.BOOK.glob("*.*") if p.suffix in (".md", ".ipynb"))
+)
+def test_page_uses_the_words_of_the_field(page: str) -> None:
+    assert not re.findall(PRIVATE, (build.BOOK / page).read_text("utf-8"))
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,15 @@ def test_formulas_are_set(visit: Visit) -> None:
     assert not re.search(r"\$\$|\\\(|\\\[|\\[a-z]{2,}|\$[^$\n]+\$", page.evaluate(VISIBLE_TEXT))
 
 
+HEIGHT = 9_000  # pixels of a chapter in a window of a laptop
+
+
+@pytest.mark.slow
+def test_chapter_is_no_endless_page(visit: Visit) -> None:
+    if visit.name in NOTEBOOKS and visit.page.viewport_size == {"width": 1280, "height": 844}:
+        assert visit.page.evaluate("document.querySelector('article').scrollHeight") <= HEIGHT
+
+
 @pytest.mark.slow
 def test_images_load_and_say_what_they_show(visit: Visit) -> None:
     for image in visit.page.locator("img").all():

@@ -68,6 +68,9 @@ def test_every_figure_has_alternative_text_and_suits_both_modes(name: str) -> No
         image = cell.metadata.get("mystnb", {}).get("image", {})
         assert len(image.get("alt", "").split()) > 8, cell.source
         assert image.get("classes") == "dark-light", cell.source  # not whitened in dark mode
+        figure = cell.metadata["mystnb"].get("figure", {})
+        assert len(figure.get("caption", "").split()) > 5, cell.source
+        assert figure.get("name", "").startswith("fig-"), cell.source
         assert cell.source.count("plots.") == 1, "one alternative text is for one figure"
 
 
