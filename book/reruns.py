@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -133,6 +134,16 @@ def allowed(name: str) -> str:
     return "–"
 
 
+def plain(text: str) -> str:
+    """Return text of a record or grid without any markup, on one line."""
+    return escaped(" ".join(text.replace("`", "'").split()))
+
+
+def verbatim(text: str) -> str:
+    """Return text of a record or grid as code within a line."""
+    return f"`{' '.join(text.replace('`', ' ').split())}`"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
@@ -224,7 +235,7 @@ def every_record(folder: Path) -> str:
     for path in committed(folder):
         record = load(path)
         link = f"{{download}}`{path.stem[-16:]} <records/{path.relative_to(folder)}>`"
-        rows.append([link, f"`{shell(record.config)}`"])
+        rows.append([link, verbatim(shell(record.config))])
     return table(["record", "command"], rows)
 
 
@@ -234,7 +245,7 @@ def every_grid(folder: Path) -> str:
     for path in sorted(folder.glob("*.toml")):
         purpose, command, *_ = (line.strip("# ") for line in path.read_text("utf-8").splitlines())
         link = f"{{download}}`{path.name} <grids/{path.name}>`"
-        parts.append(f"{link}, {len(read_grid(path))} runs. {purpose}")
+        parts.append(f"{link}, {len(read_grid(path))} runs. {plain(purpose)}")
         parts.append(f"```sh\n{command}\n```")
     return "\n\n".join(parts)
 
@@ -269,14 +280,17 @@ def shell(config: dict[str, Any]) -> str:
     chosen = {name: config[name] for name in ("profile", "recipe")}
     # Not every structure goes with every recipe and network.
     like = {"model": config["model"], "structure": config["structure"] or "weights"}
-    plain = Config(**chosen, **like).settings()
-    plain |= {"model": PROFILES[config["profile"]]["model"], "structure": "weights"}
+    usual = Config(**chosen, **like).settings()
+    usual |= {"model": PROFILES[config["profile"]]["model"], "structure": "weights"}
     changed = {
         name: value
         for name, value in config.items()
-        if value != plain.get(name) and value is not None and name not in NOT_ADDRESSED
+        if name in SETTINGS and value not in (usual.get(name), None) and name not in NOT_ADDRESSED
     }
-    flags = (f"--{n.replace('_', '-')} {v}" for n, v in {**chosen, **changed}.items())
+    flags = (
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in {**chosen, **changed}.items()
+    )
     return f"swdlib run {' '.join(flags)}".replace("True", "true").replace("False", "false")
 
 
@@ -288,10 +302,11 @@ def expected(folder: Path) -> str:
         if record.status == "finished" and not record.config["holdout"]:
             command = shell(record.config | {"seed": 0})
             ends.setdefault(command, []).append(record.final["top1"])
-            sources.add(f"{record.config['dataset']}, {record.provenance['dataset']['source']}")
+            source = record.provenance["dataset"]["source"]
+            sources.add(plain(f"{record.config['dataset']}, {source}"))
     several, one = [], []
     for command, top1 in sorted(ends.items()):
-        mean, shown = f"{fmean(top1):.2f}", f"`{command}`"
+        mean, shown = f"{fmean(top1):.2f}", verbatim(command)
         if len(top1) == 1:
             one.append([mean, shown])
         else:
@@ -311,7 +326,7 @@ def live(path: Path, runs: Iterable[Run]) -> str:
         rows = []
         for words in found[0]:
             values = [run[words] for run in found]
-            rows.append([words, *(f"{of(values):.1f}" for of in (min, fmean, max))])
+            rows.append([plain(words), *(f"{of(values):.1f}" for of in (min, fmean, max))])
         parts.append(f"[{titles.get(page, page)}]({page}.ipynb), {len(found)} seeds:")
         parts.append(table(["in %", "lowest", "mean", "highest"], rows))
     return "\n\n".join(parts)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import swdlib
 from book import api, build, probes, reruns, slides
-from book.prose import blocks, inline
+from book.prose import MARKDOWN, blocks, inline
 from swdlib import plots
 from swdlib.cli import parser
 from swdlib.runs.config import Config
@@ -305,6 +305,18 @@ def test_many_files_of_a_folder_are_linked_as_one(tmp_path: Path, run: reruns.Ru
     with ZipFile(tmp_path / "data/small/records-all.zip") as archive:
         assert archive.namelist() == sorted(many)
         assert archive.read(many[7]).decode() == many[7]
+
+
+def test_markup_and_commands_in_a_record_stay_text(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script> `x` [a](b)\n# c; rm -rf ~ $(id)"
+    row = {"kind": "train", "top1": 1.0, "loss": 1.0, "parameters": 1, "sparsity": 0.5}
+    config = {**Config().settings(), "profile": "laptop", "tracker": None, "update": hostile}
+    save(Record({**config, "zz": "; id"}, [row], {"dataset": {"source": hostile}}), tmp_path)
+    page = f"{reruns.every_record(tmp_path)}\n\n{reruns.expected(tmp_path)}"
+    shown = MARKDOWN.render(page)
+    assert "<script" not in shown and 'href="b"' not in shown and "<h1" not in shown
+    command = reruns.shell(config | {"zz": "; id"})
+    assert shlex.split(command)[-1] == hostile and "zz" not in command
 
 
 def test_few_files_are_linked_one_by_one(tmp_path: Path, run: reruns.Run) -> None:
