@@ -105,7 +105,14 @@ def select(
     criterion: Criterion = magnitude,
     allocation: Allocation = together,
 ) -> Masks:
-    """Masks that keep the highest scores over all groups and remove the fraction `sparsity`."""
+    """Masks that keep the highest scores over all groups and remove the fraction `sparsity`.
+
+    TypeError if `groups` is no list of groups, such as `structures.weights(model)`.
+    """
+    if not (isinstance(groups, Sequence) and groups and all(isinstance(g, Group) for g in groups)):
+        raise TypeError(
+            f"groups must be a list of Group, such as structures.weights(model), not {groups!r:.80}"
+        )
     chosen = select_units(groups, sparsity, criterion, allocation)
     return {name: ~gone for name, gone in removed_weights(groups, chosen).items()}
 
@@ -311,12 +318,15 @@ def _split(chosen: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 def check_sparsity(sparsity: float) -> float:
     """The sparsity as a float, if it lies in [0, 1); ValueError otherwise."""
-    # NaN fails the comparison as well.
-    if not (isinstance(sparsity, SupportsFloat) and 0.0 <= sparsity < 1.0):
+    try:  # in double precision, whatever the type: counts must be exact
+        value = float(sparsity) if isinstance(sparsity, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
+        value = math.nan
+    if not 0.0 <= value < 1.0:  # NaN fails the comparison as well
         raise ValueError(
             f"sparsity is the fraction of weights removed and must be in [0, 1), not {sparsity!r}"
         )
-    return float(sparsity)  # in double precision, whatever the type: counts must be exact
+    return value
 
 
 def check_reachable(groups: Sequence[Group], sparsity: float, allocation: Allocation) -> None:

@@ -412,3 +412,15 @@ def test_sparsity_by_hand() -> None:
 def test_emptied_names_parameters_of_which_nothing_stays() -> None:
     some, none = torch.tensor([True, False]), torch.tensor([False, False])
     assert emptied({"a": some, "b": none, "c": torch.ones(0, dtype=torch.bool)}) == ["b"]
+
+
+@pytest.mark.parametrize("groups", ["", "none", [], [0.5], torch.ones(3), None])
+def test_what_is_no_list_of_groups_is_refused(groups: Any) -> None:
+    with pytest.raises(TypeError, match="groups must be a list of Group, such as structures"):
+        select(groups, 0.5)
+
+
+@pytest.mark.parametrize("sparsity", [torch.ones(3), np.ones(2), "0.5x", 1j, [0.5]])
+def test_what_is_no_single_sparsity_is_refused(sparsity: Any) -> None:
+    with pytest.raises(ValueError, match=r"sparsity is the fraction .* in \[0, 1\), not "):
+        check_sparsity(sparsity)

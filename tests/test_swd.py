@@ -645,8 +645,13 @@ def repeated(block: Tensor, like: Tensor) -> Tensor:
     return torch.cat([block] * full + [block[:rest]]).view(like.shape)
 
 
-# Above 180 million parameters, each the larger twin of another one.
-GIANTS = {"convnext_large", "regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
+# Above 80 million parameters, each the larger twin of another one.
+GIANTS = {
+    *("convnext_base", "convnext_large", "efficientnet_v2_l", "regnet_x_32gf", "regnet_y_128gf"),
+    *("regnet_y_16gf", "regnet_y_32gf", "resnext101_32x8d", "resnext101_64x4d", "swin_b"),
+    *("swin_v2_b", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vit_b_32"),
+    *("vit_h_14", "vit_l_16", "vit_l_32", "wide_resnet101_2"),
+}
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def read_grid(path: str | Path, given: Mapping[str, Sequence[Any]] | None = None
             raise ValueError("grid must be blocks that begin with [[grid]]")
         settings = [{**_lists({**content, **block}), **(given or {})} for block in blocks]
         return _once(config for block in settings for config in grid(block))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

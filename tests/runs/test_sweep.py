@@ -232,3 +232,9 @@ def test_a_folder_that_is_not_shared_is_told(tmp_path: Path) -> None:
     workers = Here(tmp_path / "of another machine").workers
     [outcome] = sweep(SEEDS[:1], tmp_path, workers, tell=lambda line: None)
     assert "do all machines share that folder?" in outcome.error
+
+
+def test_a_grid_too_deep_to_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "deep.toml").write_text("seed = " + 5000 * "[")
+    with pytest.raises(ValueError, match=r"deep\.toml: .*recursion"):
+        read_grid(tmp_path / "deep.toml")
