@@ -120,10 +120,12 @@ class Attention(nn.Module):
     weights are already cut, by whole heads.
     """
 
-    _qkv_same_embed_dim = False  # keeps torch.nn.TransformerEncoderLayer off its fused path
+    # The fused path of torch.nn.TransformerEncoderLayer names it, and TorchScript reads all paths.
+    merge_masks = nn.MultiheadAttention.merge_masks
 
     def __init__(self, cut: nn.MultiheadAttention) -> None:
         super().__init__()
+        self._qkv_same_embed_dim = False  # keeps TransformerEncoderLayer off its fused path
         self.embed_dim, self.head_dim = cut.embed_dim, cut.head_dim
         self.dropout, self.batch_first = cut.dropout, cut.batch_first
         self.num_heads = len(cut.in_proj_weight) // (3 * cut.head_dim)
@@ -153,12 +155,12 @@ class Attention(nn.Module):
         q, k, v = (self._heads(x, third) for third, x in enumerate(inputs))
         mask = self._mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
-        weights = None
+        weights: Tensor | None = None
         if need_weights:
             scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            heads = weights @ v
-            weights = weights.mean(-3) if average_attn_weights else weights
+            shares = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            heads = shares @ v
+            weights = shares.mean(-3) if average_attn_weights else shares
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         out = self.out_proj(heads.transpose(-3, -2).flatten(-2))
@@ -175,16 +177,17 @@ class Attention(nn.Module):
         """What is added to the scores, shape (..., heads or 1, length or 1, keys)."""
         if attn is not None and attn.ndim == 3:
             heads = q.shape[:-2]
-            if len(attn) != heads.numel():
+            left = q[..., 0, 0].numel()
+            if len(attn) != left:
                 raise ValueError(
                     f"attn_mask has a mask for each of {len(attn)} heads of the batch, but "
-                    f"{heads.numel()} are left (batch size x num_heads): pass one of shape "
+                    f"{left} are left (batch size x num_heads): pass one of shape "
                     "(length, keys) for all heads, or drop those of the removed heads"
                 )
             attn = attn.unflatten(0, heads)
         if padding is not None:
             padding = padding[..., None, None, :]
-        total = None
+        total: Tensor | None = None
         for mask in (attn, padding):
             if mask is not None:
                 if mask.dtype == torch.bool:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,8 +63,9 @@ def report(model: nn.Module, masks: Masks, example: Tensor, *, rounds: int = 5) 
 
     `example` is a batch, shape (N, ...), on the model's device. The networks are timed in turn in
     the same rounds, on as many threads as torch uses; the median counts. onnxruntime is left out
-    where it is missing or the example is not float32 on the CPU, sparse kernels where no layer can
-    use them (see `sparse_linears`). The model is not changed. ImportError if pandas is missing.
+    where it is missing, `to_onnx` refuses or the example is not float32 on the CPU, sparse kernels
+    where no layer can use them (see `sparse_linears`). The model is not changed. ImportError if
+    pandas is missing.
     """
     require_extra("deploy.report", "deploy")
     import pandas as pd  # here, as it takes long to import
@@ -98,7 +100,10 @@ def report(model: nn.Module, masks: Masks, example: Tensor, *, rounds: int = 5) 
     how = f"Measured on {device}{of_threads}; throughput at batch size {len(example)}."
     sentences = [how, *_about_shrinking(table, shrunk), *_about_sparse_kernels(table, masks)]
     if "onnxruntime" not in table.index:
-        needs = "it takes float32 on a CPU, and pip install 'swdlib[onnx]'"
+        needs = (
+            "it takes float32 on a CPU, a network that deploy.to_onnx can write, "
+            "and pip install 'swdlib[onnx]'"
+        )
         sentences.append(f"onnxruntime is left out: {needs}.")
     return Report(table, "\n".join(sentences))
 
@@ -121,11 +126,11 @@ def _networks(
     }
     fits_onnxruntime = one.device.type == "cpu" and one.dtype == torch.float32
     if fits_onnxruntime and not missing("onnx"):
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, suppress(ValueError):  # not every network has a file
             path = Path(folder, "shrunk.onnx")
             stored.to_onnx(shrunk, one, path)
             run, size = stored.in_onnxruntime(path), path.stat().st_size
-        networks["onnxruntime"] = _Network(run, *smaller, size)
+            networks["onnxruntime"] = _Network(run, *smaller, size)
     sparse = sparse_linears(model, masks)
     if skipped := macs_skipped(sparse, one):
         networks["sparse kernels"] = _Network(sparse, *left, macs - skipped, file)

@@ -168,7 +168,8 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
 
     `example` is a batch, shape (N, ...). The file's input is called "input", its output "output".
     It is written whole or not at all, and the model keeps its mode. ValueError if torch's exporter
-    cannot follow the model; ImportError, with the line that installs them, if packages are missing.
+    cannot follow the model, or takes its batch size as fixed; ImportError, with the line that
+    installs them, if packages are missing.
     """
     require_extra("deploy.to_onnx", "onnx")
     check_example(example)
@@ -194,6 +195,12 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     finally:
         logger.setLevel(level)
     assert program is not None
+    shape = program.model.graph.inputs[0].shape
+    if shape is not None and isinstance(shape[0], int):
+        raise ValueError(
+            f"{type(model).__name__} cannot be written as ONNX for batches of any size: its code "
+            "fixes the batch size, as len(x) does; use x.shape[0] or x.flatten(1) there"
+        )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # the exporter's notes: source code and paths of this machine
     write_whole(Path(path), lambda file: program.save(file, external_data=False))

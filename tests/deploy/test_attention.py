@@ -102,3 +102,17 @@ def test_dropout_acts_in_training_only(need_weights: bool) -> None:
     assert not twice()
     attention.eval()
     assert twice()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torchscript_reads_an_encoder_without_heads(batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(12, 4, 16, batch_first=batch_first).eval()
+    layer.self_attn = Attention(layer.self_attn)  # type: ignore[assignment]
+    scripted, x = torch.jit.script(layer), torch.rand(3, 5, 12)
+    padding = torch.zeros((3, 5) if batch_first else (5, 3), dtype=torch.bool)
+    padding[:, -1] = True
+    for options in ({}, {"src_key_padding_mask": padding}, {"src_mask": torch.rand(5, 5) < 0.5}):
+        if not batch_first and "src_mask" in options:
+            options = {"src_mask": torch.zeros(3, 3, dtype=torch.bool)}
+        torch.testing.assert_close(scripted(x, **options), layer(x, **options))

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from swdlib.deploy.reports import report
 from swdlib.deploy.stored import in_onnxruntime, to_onnx
+from swdlib.masks import apply_, select
 from swdlib.models import build_model
+from swdlib.structures import weights
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", pytest.param("resnet20", marks=pytest.mark.slow)])
@@ -98,3 +101,21 @@ def test_an_example_without_an_image_is_refused(example: Tensor, tmp_path: Path)
 def test_an_example_must_be_a_tensor(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="example must be a tensor, a batch of images, not 3"):
         to_onnx(nn.Linear(2, 2), 3, tmp_path / "net.onnx")  # type: ignore[arg-type]
+
+
+class FixedBatch(nn.Linear):
+    """The exporter takes len(x) as a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(len(x), -1))
+
+
+def test_a_network_that_fixes_the_batch_size_is_refused_and_left_out(tmp_path: Path) -> None:
+    model, example = FixedBatch(64, 3), torch.rand(4, 8, 8)
+    with pytest.raises(ValueError, match=r"FixedBatch cannot .* any size: .* fixes the batch size"):
+        to_onnx(model, example, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+    masks = select(weights(model), 0.3)
+    apply_(model, masks)
+    found = report(model, masks, example, rounds=1)
+    assert "onnxruntime" not in found.table.index and "can write" in found.text
