@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _terminated_as_interrupted():
             options.do(options)
     except Busy as error:
-        print(f"swdlib: {error}", file=sys.stderr)
+        print(_printable(f"swdlib: {error}"), file=sys.stderr)
         sys.exit(BUSY)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"swdlib: error: {error}")
@@ -232,10 +232,20 @@ def _show(options: argparse.Namespace) -> None:
     table = _chosen(options)
     if options.csv or options.json:
         ends = _ends(table, options.sort).drop(columns="weights", errors="ignore")
-        csv = ends.to_csv(index=False)
+        csv = ends.map(_no_formula).to_csv(index=False)
         print(csv if options.csv else ends.to_json(orient="records", indent=1), end="")
     else:
         print(_text(table, options.sort))
+
+
+def _no_formula(cell: Any) -> Any:
+    """A text that a spreadsheet would run begins with an apostrophe."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
+
+
+def _printable(text: str) -> str:
+    """What a record says, without the codes that a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _ends(table: "pd.DataFrame", sort: str | None) -> "pd.DataFrame":
@@ -259,7 +269,7 @@ def _text(table: "pd.DataFrame", sort: str | None = None) -> str:
     digits = {"loss": 4, "top1": 2, "renewed_top1": 2, "sparsity": 4}
     shown = ends.round(digits).rename(columns={"renewed_top1": "recalibrated"})
     shown = shown.convert_dtypes().astype(object)  # whole numbers as such, though some are missing
-    return shown.where(shown.notna(), "-").to_string(index=False)
+    return _printable(shown.where(shown.notna(), "-").to_string(index=False))
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -285,7 +295,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--data-root must be a folder, not {root}")
     wrong = total = 0
     for found in audit_all(folder, root):
-        print(found, flush=True)
+        print(_printable(str(found)), flush=True)
         total, wrong = total + 1, wrong + bool(found.problems)
     if not total:
         raise ValueError(f"there is no record in {folder}")

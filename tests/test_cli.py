@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from swdlib.data.load import load_data
 from swdlib.deploy.stored import in_onnxruntime
 from swdlib.runs import records
 from swdlib.runs.config import Config
-from swdlib.runs.records import load_records
+from swdlib.runs.records import Record, load_records
 from swdlib.runs.run import lock, lock_of
 from swdlib.runs.workers import Workers
 
@@ -429,3 +429,20 @@ def test_another_record_that_is_damaged_does_not_spoil_a_sweep(
     (tmp_path / "other.json").write_text("{")
     cli.main(["sweep", *QUICK, "--records", str(tmp_path)])
     assert "top1" in capsys.readouterr().out
+
+
+def test_what_a_record_says_is_no_formula_and_no_order_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**Config().settings(), "recipe": "=cmd|' /C calc'!A0", "update": "\x1b]0;owned\x07"}
+    row = {"kind": "train", "top1": 1.0, "loss": 1.0, "parameters": 1, "sparsity": 0.5}
+    for seed in (0, 1):
+        records.save(Record({**config, "seed": seed, "lr": seed + 1.0}, [row]), tmp_path)
+    cli.main(["show", "--records", str(tmp_path), "--csv"])
+    rows = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert {row["recipe"] for row in rows} == {"'" + config["recipe"]}
+    for command in (["show"], ["show", "--where", "update=x"], ["check"]):
+        with suppress(SystemExit):
+            cli.main([*command, "--records", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert out and "\x1b" not in out + err and "\x07" not in out + err
