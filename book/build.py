@@ -242,7 +242,24 @@ def insert_box(notebook: Path, run: reruns.Run) -> None:
     for cell in content.cells:
         if {"parameters", "injected-parameters"} & set(tags := cell.metadata.get("tags", [])):
             cell.metadata["tags"] = [*tags, "remove-cell"]
+    content.cells = with_one_fold(content.cells)
     nbformat.write(content, notebook)
+
+
+def with_one_fold(cells: list[Any]) -> list[Any]:
+    """Join each folded cell that shows nothing with the folded cell behind it, under one button."""
+    joined: list[Any] = []
+    for cell in cells:
+        last = joined[-1] if joined else None
+        if last and folded(last) and folded(cell) and not last.outputs:
+            cell.source = f"{joined.pop().source}\n\n{cell.source}"
+        joined.append(cell)
+    return joined
+
+
+def folded(cell: Any) -> bool:
+    """Return whether a page shows only the outputs of a cell."""
+    return cell.cell_type == "code" and "hide-input" in cell.metadata.get("tags", [])
 
 
 def fill(stage: Path, runs: list[reruns.Run]) -> None:

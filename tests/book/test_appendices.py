@@ -30,7 +30,7 @@ from swdlib import plots
 from swdlib.cli import parser
 from swdlib.runs.config import Config
 from swdlib.runs.records import Record, address, load, path_of, save
-from tests.book.test_book import NOTEBOOKS, code, stored
+from tests.book.test_book import NOTEBOOKS, SHOWN, code, stored
 
 ROOT = build.ROOT
 MODULES = sorted(
@@ -251,6 +251,13 @@ def test_box_comes_before_the_first_section(tmp_path: Path, run: reruns.Run) -> 
     build.insert_box(path, run)
     sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
     assert [s.startswith(":::{dropdown}") for s in sources] == [False, False, False, True, False]
+
+
+def test_folded_cells_in_a_row_share_a_button() -> None:
+    cells = [code("a", "hide-input"), code("b", "hide-input"), code("c"), code("d", "hide-input")]
+    assert [cell.source for cell in build.with_one_fold(cells)] == ["a\n\nb", "c", "d"]
+    cells = [code("a", "hide-input", outputs=[SHOWN]), code("b", "hide-input")]
+    assert len(build.with_one_fold(cells)) == 2
 
 
 def test_marked_lines_are_filled(tmp_path: Path, run: reruns.Run) -> None:
