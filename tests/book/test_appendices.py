@@ -246,7 +246,7 @@ def test_only_files_of_the_book_count(tmp_path: Path) -> None:
 
 
 def test_box_comes_before_the_first_section(tmp_path: Path, run: reruns.Run) -> None:
-    prose = [nbformat.v4.new_markdown_cell(text) for text in ("# A page", "More")]
+    prose = [nbformat.v4.new_markdown_cell(text) for text in ("# A page", "## More")]
     path = stored(tmp_path, prose[0], code("seed = 0", "parameters"), code("f()"), prose[1])
     build.insert_box(path, run)
     sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
