@@ -1,0 +1,53 @@
+"""Evidence: what records say of two methods, by runs that differ in the method alone."""
+
+from typing import TYPE_CHECKING, Any
+
+from swdlib.lab.plots import interval, method_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def finals(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """The last row of each run that has a result, with its method in the column `method`.
+
+    `accuracy` is that with recalibrated batch norm, or, where a network has none, that as trained.
+    """
+    ends = rows.groupby("run", sort=False).tail(1).dropna(subset=["top1"])
+    accuracy = ends["renewed_top1"].fillna(ends["top1"]) if "renewed_top1" in ends else ends["top1"]
+    return ends.assign(method=[method_of(row) for _, row in ends.iterrows()], accuracy=accuracy)
+
+
+def lead(ends: "pd.DataFrame", method: str, rival: str) -> "pd.DataFrame":
+    """By how many points `method` leads `rival` at each sparsity, over the seeds that both have.
+
+    `ends` is what `finals` returns, with one run a method, sparsity and seed. The interval, of
+    95 %, is that of the differences with equal seeds; `verdict` is "ahead" or "behind" if it
+    excludes zero, "level" if it does not, and "one seed" if there is none.
+    """
+    import pandas as pd
+
+    by_seed = ends.pivot_table(
+        index=["target_sparsity", "seed"], columns="method", values="accuracy", aggfunc=list
+    )
+    pairs = by_seed[[method, rival]].dropna().map(_only)
+    found = {}
+    for level, pair in pairs.groupby(level="target_sparsity"):
+        differences = pair[method] - pair[rival]
+        mean, half = interval(differences) if len(differences) > 1 else (differences.mean(), None)
+        found[level] = {
+            **{"seeds": len(differences), "lead": mean, "half of interval": half},
+            "verdict": "one seed" if half is None else verdict(mean, half),
+        }
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("sparsity")
+
+
+def verdict(mean: float, half: float) -> str:
+    """What an interval of differences, `mean` plus and minus `half`, says."""
+    return "level" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
+
+
+def _only(values: list[Any]) -> Any:
+    if len(values) > 1:
+        raise ValueError(f"there must be one run a method, sparsity and seed, not {len(values)}")
+    return values[0]

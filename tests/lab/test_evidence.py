@@ -1,0 +1,59 @@
+"""Evidence: a lead is one only if the interval of paired differences excludes zero."""
+
+import pandas as pd
+import pytest
+
+from swdlib.lab.evidence import finals, lead, verdict
+
+
+def ends(**accuracy: list[float]) -> pd.DataFrame:
+    rows = [
+        {
+            "run": f"{m}{s}",
+            "recipe": m,
+            "iterations": 1,
+            "seed": s,
+            "target_sparsity": 0.9,
+            "top1": a,
+        }
+        for m, values in accuracy.items()
+        for s, a in enumerate(values)
+    ]
+    return finals(pd.DataFrame(rows))
+
+
+def test_interval_of_paired_differences_by_hand() -> None:
+    found = lead(ends(swd=[62, 70, 81], zhu2017=[60, 69, 78]), "swd", "zhu2017").loc[0.9]
+    assert (found["seeds"], found["lead"], found["verdict"]) == (3, 2.0, "level")
+    assert found["half of interval"] == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        ([62, 70, 81], [59.9, 68, 78.9], "ahead"),
+        ([59.9, 68, 78.9], [62, 70, 81], "behind"),
+        ([62, 70], [60, 64, 9], "level"),
+        ([62], [10, 64, 9], "one seed"),
+    ],
+)
+def test_verdict(ours: list[float], theirs: list[float], says: str) -> None:
+    found = lead(ends(swd=ours, zhu2017=theirs), "swd", "zhu2017")
+    assert found["verdict"].tolist() == [says]
+
+
+def test_zero_at_the_edge_is_no_lead() -> None:
+    assert verdict(1.0, 1.0) == "level"
+
+
+def test_recalibrated_accuracy_counts_where_it_was_measured() -> None:
+    rows = pd.DataFrame(
+        {"run": ["a", "a", "b"], "recipe": "swd", "iterations": None, "top1": [1.0, 10.0, 20.0]}
+    ).assign(renewed_top1=[None, 40.0, None])
+    assert finals(rows)["accuracy"].tolist() == [40.0, 20.0]
+
+
+def test_two_runs_of_a_seed_are_refused() -> None:
+    both = pd.concat([ends(swd=[1], zhu2017=[1]), ends(swd=[2])])
+    with pytest.raises(ValueError, match="one run a method, sparsity and seed, not 2"):
+        lead(both, "swd", "zhu2017")
