@@ -23,7 +23,7 @@ def magnitude(parameter: Tensor) -> Tensor:
 def saliency(parameter: Tensor) -> Tensor:
     """|weight * gradient|: to first order, how much the loss changes if the weight goes.
 
-    Source: Molchanov et al. 2017, arXiv 1611.06440. Raises ValueError without a gradient. After a
+    Source: Molchanov et al. 2019, arXiv 1906.10771. Raises ValueError without a gradient. After a
     step with SWD's gradient update, the gradient includes the penalty.
     """
     if parameter.grad is None:
