@@ -30,8 +30,8 @@ PAGES = {
     "what-is-pruning": {
         "trained": "top1",
         "half of the weights cut": "accuracy",
-        "edge: highest sparsity that costs at most a point": (
-            "100 * levels[sum((cliff.top1[cliff.allocation == 'global'] >= top1 - 1).cummin()) - 1]"
+        "edge: highest sparsity that costs at most five points": (
+            "100 * levels[sum((cliff.top1[cliff.allocation == 'global'] >= top1 - 5).cummin()) - 1]"
         ),
     },
     "swd-from-scratch": {
