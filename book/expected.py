@@ -35,9 +35,8 @@ PAGES = {
         ),
     },
     "swd-from-scratch": {
-        "plain training, after the cut": "cuts.loc['plain training', 'after the cut']",
-        "SWD, before the cut": "cuts.loc['SWD', 'before the cut']",
-        "SWD, after the cut": "cuts.loc['SWD', 'after the cut']",
+        "SWD, before the cut": "cuts.loc['as trained', 'before the cut']",
+        "SWD, after the cut": "cuts.loc['as trained', 'after the cut']",
     },
     "schedules": {
         f"{name}, after the cut": f"runs['{name}'][0][-1]['top1']"
@@ -48,8 +47,8 @@ PAGES = {
         for name in ("random_pruning", "han2015", "renda2020", "swd")
     },
     "magnitude-and-its-cliff": {
-        "cut at 90 %": "renewed.loc[90, 'smallest first']",
-        "cut at 90 %, new statistics": "renewed.loc[90, 'smallest first, new statistics']",
+        "cut at 90 %": "again.loc[90, 'as cut']",
+        "cut at 90 %, recalibrated": "again.loc[90, 'recalibrated']",
     },
     "smaller-networks": {
         f"{structure}, {way}, after the cut": f"table['{structure}, {way}']['after it']"
