@@ -30,14 +30,13 @@ PAGES = {
     "what-is-pruning": {
         "trained": "top1",
         "half of the weights cut": "accuracy",
-        "edge: highest sparsity that costs at most a point": (
-            "100 * levels[sum((cliff.top1[cliff.allocation == 'global'] >= top1 - 1).cummin()) - 1]"
+        "edge: highest sparsity that costs at most five points": (
+            "100 * levels[sum((cliff.top1[cliff.allocation == 'global'] >= top1 - 5).cummin()) - 1]"
         ),
     },
     "swd-from-scratch": {
-        "plain training, after the cut": "cuts.loc['plain training', 'after the cut']",
-        "SWD, before the cut": "cuts.loc['SWD', 'before the cut']",
-        "SWD, after the cut": "cuts.loc['SWD', 'after the cut']",
+        "SWD, before the cut": "cuts.loc['as trained', 'before the cut']",
+        "SWD, after the cut": "cuts.loc['as trained', 'after the cut']",
     },
     "schedules": {
         f"{name}, after the cut": f"runs['{name}'][0][-1]['top1']"
@@ -48,8 +47,8 @@ PAGES = {
         for name in ("random_pruning", "han2015", "renda2020", "swd")
     },
     "magnitude-and-its-cliff": {
-        "cut at 90 %": "renewed.loc[90, 'smallest first']",
-        "cut at 90 %, new statistics": "renewed.loc[90, 'smallest first, new statistics']",
+        "cut at 90 %": "again.loc[90, 'as cut']",
+        "cut at 90 %, recalibrated": "again.loc[90, 'recalibrated']",
     },
     "smaller-networks": {
         f"{structure}, {way}, after the cut": f"table['{structure}, {way}']['after it']"
