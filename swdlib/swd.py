@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -157,13 +157,11 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         hooks.require_hookable(optimizer, self.update)
+        super()._check_optimizer(optimizer)
         self._owned = hooks.owned_by(optimizer)
-        if not any(id(parameter) in self._owned for parameter in self.parameters.values()):
-            raise ValueError(
-                f"the {type(optimizer).__name__} has none of the {len(self.parameters)} prunable "
-                f"parameters of {type(self.model).__name__}; build it from model.parameters() "
-                "(FSDP and DeepSpeed put others in their place: use DistributedDataParallel)"
-            )
+
+    def _acts_on(self) -> Iterable[Tensor]:
+        return self.parameters.values()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._owned = hooks.owned_by(optimizer)  # parameter groups may be added between steps
@@ -239,16 +237,13 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         are not small. ValueError, and nothing is cut, if a parameter was replaced since this was
         made, or frozen while its weights were not small.
         """
-        masks = self._select(self._sparsity(1.0))
+        masks = select(self.groups, self._sparsity(1.0), self.criterion, self.allocation)
         self._check_cut(masks)
         apply_(self.model, masks)
         for optimizer in (*self._optimizers, *self._wrappers):
             hooks.hold_state(optimizer, self.model, masks)
         self.masks = masks
         return masks
-
-    def _select(self, sparsity: float) -> Masks:
-        return select(self.groups, sparsity, self.criterion, self.allocation)
 
     @torch.no_grad()
     def _check_cut(self, masks: Masks) -> None:
