@@ -362,8 +362,11 @@ def test_units_are_found_once_until_a_module_or_shape_changes() -> None:
 
 
 def test_what_is_remembered_keeps_no_model_alive() -> None:
-    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
-    found, gone = removable(model, torch.rand(4, 3)), weakref.ref(model)
-    del model
+    def found() -> "weakref.ref[nn.Module]":
+        model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+        assert removable(model, torch.rand(4, 3)).found
+        return weakref.ref(model)
+
+    gone = found()
     gc.collect()
-    assert found.found and gone() is None
+    assert gone() is None
