@@ -48,9 +48,16 @@ class Method:
     def attach(self, optimizer: Optimizer) -> None:
         """Hook an optimizer: from now on this acts at each of its steps.
 
-        Where several optimizers share the model, attach each; a step counts when the last of them
-        has taken it. ValueError if the optimizer has none of the model's parameters, or some that
-        an attached one steps.
+        It acts once a step, after gradients are accumulated, unscaled and clipped; a step that a
+        GradScaler skips does not count. Where several optimizers share the model, attach each: a
+        weight of one that is not attached is left alone, and a step counts when the last of them
+        has taken it.
+
+        Raises TypeError for what is no optimizer; ValueError if it has none of the parameters or
+        some of an attached one and, at the first step of a method that adds to gradients, if a
+        fused optimizer is left to unscale these itself. SWD raises TypeError as well for one that
+        evaluates the loss several times a step (LBFGS), takes sparse gradients only or has sharded
+        parameters.
         """
         chain = unwrapped(optimizer)
         optimizer = chain[-1]

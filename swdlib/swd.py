@@ -141,20 +141,6 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         """Count an optimizer step."""
         self.step += 1
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Hook an optimizer: from now on each of its steps applies the penalty.
-
-        It acts once a step, after gradients are accumulated, unscaled and clipped; a step that a
-        GradScaler skips does not count. Where several optimizers share the model, attach each: a
-        weight of one that is not attached is left alone.
-
-        Raises TypeError for what is no optimizer, and for one that evaluates the loss several times
-        a step (LBFGS), takes sparse gradients only or has sharded parameters; ValueError if it has
-        none of the prunable parameters or some of an attached one and, at the first step, if a
-        fused optimizer is left to unscale its gradients itself.
-        """
-        super().attach(optimizer)
-
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         hooks.require_hookable(optimizer, self.update)
         super()._check_optimizer(optimizer)
