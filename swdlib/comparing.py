@@ -33,18 +33,27 @@ class Differs(ValueError):
 
 
 @contextmanager
-def plain(mode: TorchDispatchMode) -> Iterator[None]:
-    """A context without gradients and fused kernels, with random numbers that repeat."""
+def unfused() -> Iterator[None]:
+    """A context in which attention runs as the operations that it is made of."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    onednn = torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), mode:
-            torch.manual_seed(0)
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def plain(mode: TorchDispatchMode) -> Iterator[None]:
+    """A context without gradients and fused kernels, with random numbers that repeat."""
+    onednn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), unfused(), mode:
+            torch.manual_seed(0)
+            yield
+    finally:
         torch._C._set_mkldnn_enabled(onednn)
 
 
