@@ -28,6 +28,12 @@ class _Operation:
     inputs: list[Tensor]
     made: list[Tensor]
 
+    def along(self) -> list[int]:
+        """The dimensions along which it indexes `self`."""
+        if "dim" in self.bound:
+            return [self.bound["dim"] % self.bound["self"].ndim]
+        return [d for d, i in enumerate(self.bound["indices"]) if i is not None]
+
 
 class Follower(TorchDispatchMode, Labels):
     """Lays labels beside all tensors that operations make under it."""
@@ -43,8 +49,6 @@ class Follower(TorchDispatchMode, Labels):
         self.filters: set[str] = set()
         self.ranges: dict[int, int] = {}  # of ids, by the storage that embeddings read them from
         self.steered = False  # whether a value decided which way the code took
-
-    # Operations -----------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -92,13 +96,13 @@ class Follower(TorchDispatchMode, Labels):
         for arranged in labels[:8]:
             self.record(arranged)
         if "split" in name and len({v.shape for v in views}) == 1 and labels[0].shape[dim] > 1:
-            self.splits.append((torch.stack(labels), place_of(sys._getframe(), self.names)))
+            self.splits.append((torch.stack(labels), place_of(self.names)))
         elif name == "slice" and labels[0].shape[dim] > 1 and bound.get("step", 1) == 1:
             whole, count = bound["self"].shape[dim], views[0].shape[dim]
             if count < whole and whole % count == 0:
                 pieces = self.of(bound["self"]).unflatten(dim, (whole // count, count))
                 pieces = pieces.movedim(dim, 0)
-                self.splits.append((pieces, place_of(sys._getframe(), self.names)))
+                self.splits.append((pieces, place_of(self.names)))
 
     def _met(self, operands: Sequence[tuple[Tensor, Sequence[int], bool]], ndim: int) -> Tensor:
         """The labels where operands meet element by element: (labels, size, whether fixed).
@@ -120,21 +124,12 @@ class Follower(TorchDispatchMode, Labels):
         fixed = self.loose(tensor) or not bool((labels > 0).any())
         return labels.reshape([*labels.shape, *[1] * behind]), size, fixed
 
-    def _pointwise(self, op: "_Operation") -> Tensor:
+    def _pointwise(self, op: _Operation) -> Tensor:
         inputs = [self._operand(i) for i in op.inputs if i is not op.bound.get("out")]
         inputs = [i for i in inputs if not bool((i[0] == FREE).all())]
         return self._met(inputs, op.made[0].ndim)
 
-    def _copy(self, op: "_Operation") -> Tensor:
-        return self.of(op.inputs[1])
-
-    def _like(self, op: "_Operation") -> Tensor:
-        return torch.full([1] * op.made[0].ndim, FREE)
-
-    def _fill(self, op: "_Operation") -> Tensor:
-        return self.of(op.inputs[0])
-
-    def _unknown(self, op: "_Operation") -> list[Tensor]:
+    def _unknown(self, op: _Operation) -> list[Tensor]:
         for tensor in op.inputs:
             beside = self.beside.get(storage_of(tensor))
             if beside is not None and beside.owner:
@@ -144,41 +139,32 @@ class Follower(TorchDispatchMode, Labels):
                 self.joins.join(self.of(tensor), PINNED)
         return [torch.full([1] * t.ndim, PINNED) for t in op.made]
 
-    def _move(self, op: "_Operation") -> Tensor:
+    def _move(self, op: _Operation) -> Tensor:
         """Data movement: the labels are moved as the elements are."""
         data = op.bound["self"]
         labels = self.of(data)
-        if op.name in ("index", "index_select", "gather") and not self.loose(data):
-            dims = (
-                [op.bound["dim"]]
-                if "dim" in op.bound
-                else [d for d, i in enumerate(op.bound["indices"]) if i is not None]
-            )
-            if any(labels.shape[d] > 1 for d in dims):  # the code holds positions
-                self.joins.join(labels, PINNED)
-        if op.name == "index" and any(
-            i is not None and i.numel() == 0 for i in op.bound["indices"]
-        ):
+        picks = op.name in ("index", "index_select", "gather") and not self.loose(data)
+        if picks and any(labels.shape[d] > 1 for d in op.along()):  # the code holds positions
+            self.joins.join(labels, PINNED)
+        ids = [i for i in op.bound.get("indices", ()) if i is not None]
+        if op.name == "index" and any(i.numel() == 0 for i in ids):
             return torch.full([1] * op.made[0].ndim, PINNED)
         labels = labels.expand(data.shape)
-        rest = tree_map(
-            lambda x: x.cpu() if isinstance(x, Tensor) else x,
-            {k: v for k, v in op.bound.items() if k != "self"},
-        )
+        rest = {k: v for k, v in op.bound.items() if k != "self"}
+        rest = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, rest)
         try:
             return op.func(labels, **rest)
         except RuntimeError:  # not for whole numbers; what is padded becomes FREE
             return (op.func((labels + 2).double(), **rest) - 2).long().clamp(min=FREE)
 
-    def _joined(self, op: "_Operation") -> Tensor:
+    def _joined(self, op: _Operation) -> Tensor:
         """Concatenation; where no units lie along its dimension, the pieces meet."""
         tensors = [t for t in op.bound["tensors"] if t.numel()]
         dim = op.bound.get("dim", 0) % op.made[0].ndim
+        labels, sizes = [self.of(t) for t in tensors], [t.shape for t in tensors]
         if op.name == "stack":
-            labels = [self.of(t).unsqueeze(dim) for t in tensors]
+            labels = [a.unsqueeze(dim) for a in labels]
             sizes = [t.unsqueeze(dim).shape for t in tensors]
-        else:
-            labels, sizes = [self.of(t) for t in tensors], [t.shape for t in tensors]
         if all(a.shape[dim] == 1 for a in labels):
             flat = [[1 if d == dim else n for d, n in enumerate(size)] for size in sizes]
             return self.merge(list(zip(labels, flat, strict=True)), op.made[0].ndim)
@@ -186,16 +172,12 @@ class Follower(TorchDispatchMode, Labels):
         full = [a.masked_fill(a == FREE, PINNED) for a in labels]
         return torch.cat([a.expand(s) for a, s in zip(full, sizes, strict=True)], dim)
 
-    def _padded(self, op: "_Operation") -> Tensor:
-        labels, pad = self.of(op.bound["self"]), op.bound["pad"]
-        for i in range(len(pad) // 2):
-            dim = labels.ndim - 1 - i
-            if labels.shape[dim] > 1:
-                before, after = pad[2 * i], pad[2 * i + 1]
-                labels = nn.functional.pad(labels, [0, 0] * i + [before, after], value=PINNED)
-        return labels
+    def _padded(self, op: _Operation) -> Tensor:
+        labels, pad = self.of(op.bound["self"]), op.bound["pad"]  # the last dimension is first
+        pad = [n if labels.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(pad)]
+        return nn.functional.pad(labels, pad, value=PINNED)
 
-    def _reduced(self, op: "_Operation") -> list[Tensor]:
+    def _reduced(self, op: _Operation) -> list[Tensor]:
         """What is reduced, sorted or normalised together goes together."""
         tensor = op.bound["self"]
         if op.name == "mean" and _in_attention(sys._getframe()):  # of its heads, which few use
@@ -206,32 +188,21 @@ class Follower(TorchDispatchMode, Labels):
         dims = [dims] if isinstance(dims, int) else list(dims)
         dims = [d % max(tensor.ndim, 1) for d in dims]
         labels = self.joins.collapse(self.of(tensor), dims)
-        less = [i for i in range(tensor.ndim) if i not in dims]
-        return [
-            labels
-            if t.ndim == tensor.ndim
-            else labels.permute(*less, *dims).reshape([labels.shape[i] for i in less])
-            for t in op.made
-        ]
+        less = labels.squeeze(dims) if dims else labels
+        return [labels if t.ndim == tensor.ndim else less for t in op.made]
 
-    def _spatial(self, op: "_Operation") -> Tensor:
+    def _spatial(self, op: _Operation) -> Tensor:
         """Pooling, resizing: places mix, channels do not."""
         tensor = op.inputs[0]
         places = next((int(c) for c in op.name if c.isdigit()), tensor.ndim - 2)
         return self.joins.collapse(self.of(tensor), range(tensor.ndim)[-places:])
 
-    def _regions(self, op: "_Operation") -> Tensor:
-        return self.joins.collapse(self.of(op.inputs[0]), [0, 2, 3])
-
-    def _scattered(self, op: "_Operation") -> Tensor:
+    def _scattered(self, op: _Operation) -> Tensor:
         target = op.bound["self"]
         source = op.bound.get("src", op.bound.get("source", op.bound.get("values")))
-        if "indices" in op.bound:
-            dims = [d for d, i in enumerate(op.bound["indices"]) if i is not None]
-            if dims != list(range(len(dims))):
-                return self._unknown(op)[0]
-        else:
-            dims = [op.bound["dim"] % target.ndim]
+        dims = op.along()
+        if "indices" in op.bound and dims != list(range(len(dims))):
+            return self._unknown(op)[0]
         labels = self.joins.collapse(self.of(target), dims)
         if isinstance(source, Tensor):
             given = self.of(source)
@@ -245,7 +216,7 @@ class Follower(TorchDispatchMode, Labels):
             labels = torch.where(labels == FREE, given, labels)
         return labels
 
-    def _gated(self, op: "_Operation") -> Tensor:
+    def _gated(self, op: _Operation) -> Tensor:
         dim = op.bound.get("dim", -1)
         labels = self.of(op.bound["self"])
         if labels.shape[dim] == 1:
@@ -254,19 +225,18 @@ class Follower(TorchDispatchMode, Labels):
         self.joins.join(one, other)
         return one
 
-    def _layer_norm(self, op: "_Operation") -> list[Tensor]:
+    def _layer_norm(self, op: _Operation) -> list[Tensor]:
         x = op.bound["input"]
         over = range(x.ndim)[-len(op.bound["normalized_shape"]) :]
-        labels = self.joins.collapse(self.of(x), over)
-        return self._normed(op, labels)
+        return self._normed(op, self.joins.collapse(self.of(x), over))
 
-    def _batch_norm(self, op: "_Operation") -> list[Tensor]:
+    def _batch_norm(self, op: _Operation) -> list[Tensor]:
         x, labels = op.bound["input"], self.of(op.bound["input"])
         if op.bound.get("training", "running_mean" not in op.bound):
             labels = self.joins.collapse(labels, [d for d in range(x.ndim) if d != 1])
         return self._normed(op, labels, 1)
 
-    def _group_norm(self, op: "_Operation") -> list[Tensor]:
+    def _group_norm(self, op: _Operation) -> list[Tensor]:
         x, groups = op.bound["input"], op.bound["group"]
         labels = self.joins.collapse(self.of(x), range(2, x.ndim))
         if labels.shape[1] > 1:
@@ -275,7 +245,7 @@ class Follower(TorchDispatchMode, Labels):
             labels = self.joins.collapse(labels, [2]).repeat_interleave(size, 2).flatten(1, 2)
         return self._normed(op, labels, 1)
 
-    def _normed(self, op: "_Operation", labels: Tensor, at: int = -1) -> list[Tensor]:
+    def _normed(self, op: _Operation, labels: Tensor, at: int = -1) -> list[Tensor]:
         for name in ("weight", "bias", "running_mean", "running_var"):
             if (p := op.bound.get(name)) is not None:
                 labels = self._with_vector(labels, p, at)
@@ -293,10 +263,9 @@ class Follower(TorchDispatchMode, Labels):
             weight[0].roles[own].add(role)
         return labels
 
-    def _convolution(self, op: "_Operation") -> Tensor:
+    def _convolution(self, op: _Operation) -> Tensor:
         x, w, groups = op.bound["input"], op.bound["weight"], op.bound["groups"]
-        weight = self.axes(w)
-        if weight is None:
+        if (weight := self.axes(w)) is None:
             return self._unknown(op)[0]
         self.filters.add(weight[0].name)
         flipped = bool(op.bound["transposed"])
@@ -318,17 +287,17 @@ class Follower(TorchDispatchMode, Labels):
             out = self._with_vector(out, bias, 1)
         return out
 
-    def _product(self, op: "_Operation") -> Tensor:
+    def _product(self, op: _Operation) -> Tensor:
         """Of matrices (..., m, k) and (..., k, n), and of a vector."""
-        a, b = [op.bound[n] for n in PRODUCTS[op.name]]
+        added = op.name.startswith(("add", "badd"))  # to what comes before the factors
+        a, b = list(op.bound.values())[added : added + 2]
         vector = b.ndim == 1
         b = b.unsqueeze(1) if vector else b
         out = self._multiply(a, b)
         out = out.squeeze(-1) if vector else out
-        if op.name.startswith(("add", "badd")):
-            out = self._met(
-                [(out, op.made[0].shape, False), self._operand(op.bound["self"])], out.ndim
-            )
+        if added:
+            both = [(out, op.made[0].shape, False), self._operand(op.bound["self"])]
+            out = self._met(both, out.ndim)
         return out
 
     def _multiply(self, a: Tensor, b: Tensor) -> Tensor:
@@ -371,7 +340,7 @@ class Follower(TorchDispatchMode, Labels):
         self.joins.join(labels, read)
         return made.reshape([1] * (labels.ndim - 1) + [-1])
 
-    def _embedding(self, op: "_Operation") -> Tensor:
+    def _embedding(self, op: _Operation) -> Tensor:
         weight, ids = self.axes(op.bound["weight"]), op.bound["indices"]
         if weight is None:
             return self._unknown(op)[0]
@@ -381,15 +350,6 @@ class Follower(TorchDispatchMode, Labels):
         return self._reads(weight, 1, "weight").reshape([1] * ids.ndim + [-1])
 
 
-PRODUCTS = {
-    "mm": ("self", "mat2"),
-    "bmm": ("self", "mat2"),
-    "_grouped_mm": ("self", "mat2"),
-    "mv": ("self", "vec"),
-    "addmm": ("mat1", "mat2"),
-    "baddbmm": ("batch1", "batch2"),
-    "addmv": ("mat", "vec"),
-}
 # The rules, by the names of ATen's operations. Views need none, since labels lie beside storages.
 RULES: dict[str, Callable[[Follower, _Operation], Any]] = {
     name: rule
@@ -411,13 +371,13 @@ RULES: dict[str, Callable[[Follower, _Operation], Any]] = {
         ),
         ("cat stack", Follower._joined),
         ("constant_pad_nd", Follower._padded),
-        ("copy", Follower._copy),
+        ("copy", lambda labels, op: labels.of(op.inputs[1])),
         (
             "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros "
             "new_ones new_full new_empty_strided",
-            Follower._like,
+            lambda labels, op: torch.full([1] * op.made[0].ndim, FREE),
         ),
-        ("fill zero uniform normal bernoulli", Follower._fill),
+        ("fill zero uniform normal bernoulli", lambda labels, op: labels.of(op.inputs[0])),
         (
             "sum mean amax amin max min prod any all argmax argmin var var_mean std std_mean norm "
             "linalg_vector_norm logsumexp median nansum _softmax _log_softmax _safe_softmax cumsum "
@@ -434,7 +394,10 @@ RULES: dict[str, Callable[[Follower, _Operation], Any]] = {
             "replication_pad1d replication_pad2d replication_pad3d grid_sampler_2d grid_sampler_3d",
             Follower._spatial,
         ),
-        ("roi_align roi_pool", Follower._regions),
+        (
+            "roi_align roi_pool",
+            lambda labels, op: labels.joins.collapse(labels.of(op.inputs[0]), [0, 2, 3]),
+        ),
         ("scatter scatter_add scatter_reduce index_add index_put index_copy", Follower._scattered),
         ("glu", Follower._gated),
         (
@@ -467,8 +430,7 @@ def trace(model: nn.Module, examples: Sequence[Any]) -> Follower:
         owner = labels.owners.get(f"{name}.weight".removeprefix("."))
         if isinstance(module, norms) and owner is not None:
             owner.roles[0].add("scale")
-    for module in model.modules():  # its layers have one number of hidden units
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, nn.RNNBase):  # its layers have one number of hidden units
             names = [n for n in module._flat_weights_names if "weight_hh" in n]
             owners = {id(o.tensor): o for o in labels.owners.values()}
             first, *rest = (owners[id(getattr(module, n))] for n in names)

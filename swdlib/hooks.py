@@ -1,6 +1,6 @@
 """Hooks: what all methods share: hooks on an optimizer's steps, a selection, a report, a state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import torch
@@ -48,9 +48,16 @@ class Method:
     def attach(self, optimizer: Optimizer) -> None:
         """Hook an optimizer: from now on this acts at each of its steps.
 
-        Where several optimizers share the model, attach each; a step counts when the last of them
-        has taken it. ValueError if the optimizer has none of the model's parameters, or some that
-        an attached one steps.
+        It acts once a step, after gradients are accumulated, unscaled and clipped; a step that a
+        GradScaler skips does not count. Where several optimizers share the model, attach each: a
+        weight of one that is not attached is left alone, and a step counts when the last of them
+        has taken it.
+
+        Raises TypeError for what is no optimizer; ValueError if it has none of the parameters or
+        some of an attached one and, at the first step of a method that adds to gradients, if a
+        fused optimizer is left to unscale these itself. SWD raises TypeError as well for one that
+        evaluates the loss several times a step (LBFGS), takes sparse gradients only or has sharded
+        parameters.
         """
         chain = unwrapped(optimizer)
         optimizer = chain[-1]
@@ -111,12 +118,18 @@ class Method:
         if not getattr(optimizer, "found_inf", False):
             self._after(optimizer)
 
+    def _acts_on(self) -> Iterable[Tensor]:
+        """The parameters of which an optimizer must have one at least."""
+        return self.model.parameters()
+
     def _check_optimizer(self, optimizer: Optimizer) -> None:
-        owned = owned_by(optimizer)
-        if not any(id(parameter) in owned for parameter in self.model.parameters()):
+        owned, needed = owned_by(optimizer), list(self._acts_on())
+        if not any(id(parameter) in owned for parameter in needed):
             raise ValueError(
-                f"the {type(optimizer).__name__} has no parameter of {type(self.model).__name__}; "
-                "build it from model.parameters()"
+                f"the {type(optimizer).__name__} has none of the {len(needed)} parameters of "
+                f"{type(self.model).__name__} that {type(self).__name__} acts on; build it from "
+                "model.parameters() (FSDP and DeepSpeed put others in their place: use "
+                "DistributedDataParallel)"
             )
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -197,7 +210,7 @@ class SelectingMethod(Method):
         """
         units = self.selected()
         gone = removed_weights(self.groups, units) if units else {}
-        moved = movement(self.groups, units, self._reported) if units else {}
+        moved = movement(units, self._reported) | norms(self.parameters, gone) if units else {}
         self._reported = [chosen.clone() for chosen in units]
         left = kept(self.model, {name: ~mask for name, mask in gone.items()})
         return {"target": self.sparsity, **moved, **left}
@@ -226,25 +239,21 @@ class SelectingMethod(Method):
         self.step, self.masks, self.units, self._reported = step, masks, units, reported
 
 
+def movement(units: Sequence[Tensor], before: Sequence[Tensor]) -> dict[str, float]:
+    """Counts of the units `selected` and, if there is a `before`, of those `entered` and `left`."""
+    counts: dict[str, float] = {"selected": sum(int(chosen.sum()) for chosen in units)}
+    if pairs := [(now, then.to(now.device)) for now, then in zip(units, before, strict=False)]:
+        counts["entered"] = sum(int((now & ~then).sum()) for now, then in pairs)
+        counts["left"] = sum(int((then & ~now).sum()) for now, then in pairs)
+    return counts
+
+
 @torch.no_grad()
-def movement(
-    groups: Sequence[Group], units: Sequence[Tensor], before: Sequence[Tensor]
-) -> dict[str, float]:
-    """Counts of the units `selected`, `entered` and `left` since `before`, and two norms."""
-    parameters, gone = parameters_of(groups), removed_weights(groups, units)
+def norms(parameters: Mapping[str, Tensor], gone: Masks) -> dict[str, float]:
+    """The L2 norms of the weights that are `gone`, and of the others."""
     inside = sum(float((p * gone[n]).float().square().sum()) for n, p in parameters.items())
     outside = sum(float((p * ~gone[n]).float().square().sum()) for n, p in parameters.items())
-    pairs = [(now, then.to(now.device)) for now, then in zip(units, before, strict=False)]
-    moved = {
-        "entered": sum(int((now & ~then).sum()) for now, then in pairs),
-        "left": sum(int((then & ~now).sum()) for now, then in pairs),
-    }
-    return {
-        "selected": sum(int(chosen.sum()) for chosen in units),
-        **(moved if pairs else {}),
-        "norm_selected": inside**0.5,
-        "norm_kept": outside**0.5,
-    }
+    return {"norm_selected": inside**0.5, "norm_kept": outside**0.5}
 
 
 def fitted_units(groups: Sequence[Group], units: Sequence[Tensor]) -> list[Tensor]:
@@ -295,13 +304,9 @@ def hold_state(optimizer: Any, model: nn.Module, masks: Masks) -> None:
                 tensor.masked_fill_(~mask.to(tensor.device), 0.0)
 
 
-def _stepped_by(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def owned_by(*optimizers: Optimizer) -> set[int]:
     """The id() of each parameter that the optimizers step, whatever group it is in."""
-    return {id(parameter) for one in optimizers for parameter in _stepped_by(one)}
+    return {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
 
 
 def require_hookable(optimizer: Optimizer, update: str) -> None:
@@ -317,7 +322,7 @@ def require_hookable(optimizer: Optimizer, update: str) -> None:
             f"{name} takes sparse gradients only and the penalty's is dense: use "
             "update='proximal', or another optimizer"
         )
-    if any(hasattr(parameter, "full_tensor") for parameter in _stepped_by(optimizer)):
+    if any(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"]):
         raise TypeError(
             f"the parameters of the {name} are sharded (DTensor), so that no process can rank all "
             "weights: train with DistributedDataParallel, not with FSDP or tensor parallelism"

@@ -202,19 +202,15 @@ class Labels:
         elif beside.owner:  # statistics are written to in training
             self.joins.join(labels, self.of(tensor))
         else:
-            view = self._flat(beside).as_strided(
-                tensor.shape, tensor.stride(), tensor.storage_offset()
-            )
-            view.copy_(labels.expand(tensor.shape))
+            where = tensor.shape, tensor.stride(), tensor.storage_offset()
+            self._flat(beside).as_strided(*where).copy_(labels.expand(tensor.shape))
             beside.labels, beside.loose = None, beside.loose and loose
         self.record(labels)
 
     def record(self, labels: Tensor) -> None:
         if labels.numel() > 1 or bool((labels > 0).all()):
             key = (labels.shape, labels.contiguous().numpy().tobytes())
-            self.patterns.setdefault(key, (labels, set()))[1].add(
-                place_of(sys._getframe(), self.names)
-            )
+            self.patterns.setdefault(key, (labels, set()))[1].add(place_of(self.names))
 
     def loose(self, tensor: Tensor) -> bool:
         beside = self.beside.get(storage_of(tensor))
@@ -300,22 +296,17 @@ class Labels:
 
 
 TORCH = os.path.dirname(torch.__file__)
-HERE = tuple(
-    os.path.join(os.path.dirname(__file__), f"{n}.py")
-    for n in ("labels", "channels", "comparing", "cutting", "trials")
-)
+FOLLOWS = ("labels", "channels", "comparing", "units")
+HERE = tuple(os.path.join(os.path.dirname(__file__), f"{n}.py") for n in FOLLOWS)
 
 
-def place_of(frame: Any, names: Mapping[int, str]) -> Place:
-    """The call in the network's code that led, through torch, to the function of this frame."""
+def place_of(names: Mapping[int, str]) -> Place:
+    """The call in the network's code that led here, through torch."""
+    frame: Any = sys._getframe()
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith((TORCH, *HERE)):
-            return (
-                file,
-                frame.f_lineno,
-                frame.f_lasti,
-                names.get(id(frame.f_locals.get("self")), ""),
-            )
+            name = names.get(id(frame.f_locals.get("self")), "")
+            return file, frame.f_lineno, frame.f_lasti, name
         frame = frame.f_back
     return "", 0, 0, ""

@@ -11,13 +11,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
-from swdlib.comparing import in_eval
+from swdlib.comparing import in_eval, unfused
 from swdlib.masks import Masks
 from swdlib.schedules import check_count
 
@@ -118,14 +117,9 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     Counted are convolutions and matrix products, those of attention among them, which is half of
     the floating-point operations that torch counts; a zero weight counts like any other.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    # What a fused kernel computes is hidden from the counter.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with in_eval(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
-            model(example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    # What a fused kernel computes would be hidden from the counter.
+    with in_eval(model), unfused(), FlopCounterMode(display=False) as count:
+        model(example)
     return count.get_total_flops() // 2
 
 

@@ -220,7 +220,11 @@ def check_model(name: str, width: int | None) -> None:
 
     names = models.list_models(module=models)
     if name not in names:
-        raise ValueError(_unknown(name, names))
+        near = difflib.get_close_matches(str(name), [*MODELS, *names])
+        raise ValueError(
+            f"model must be one of {', '.join(MODELS)} or any torchvision classifier, not {name!r}"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
     if width is not None:
         raise ValueError(
             f"width must be None for torchvision's {name}, which has none, not {width}"
@@ -237,11 +241,3 @@ def _from_torchvision(name: str, channels: int, classes: int, width: int | None)
     plain = {"aux_logits": False, "init_weights": True}
     options: dict[str, Any] = plain if name in ("googlenet", "inception_v3") else {}
     return models.get_model(name, weights=None, num_classes=classes, **options)
-
-
-def _unknown(name: str, names: list[str]) -> str:
-    message = (
-        f"model must be one of {', '.join(MODELS)} or any torchvision classifier, not {name!r}"
-    )
-    close = difflib.get_close_matches(str(name), [*MODELS, *names])
-    return f"{message}; did you mean {' or '.join(close)}?" if close else message

@@ -187,9 +187,15 @@ def han2015(
     With several iterations, each cuts the same share of the weights that are left. Of `epochs`,
     `finetune_epochs` are for fine-tuning, divided evenly (Han et al. 2015, arXiv 1506.02626).
     """
-    tune = Constant(lr(1.0))
-    budget = (epochs, finetune_epochs, iterations)
-    return _cut_and_tune(*budget, lr, tune, sparsity, structure)
+    check_sparsity(sparsity)
+    _check_finetuning(epochs, finetune_epochs, iterations)
+    phases: list[Phase] = [Train(epochs - finetune_epochs, lr)]
+    for i in range(iterations):
+        last = i == iterations - 1
+        target = sparsity if last else 1 - (1 - sparsity) ** ((i + 1) / iterations)
+        share = finetune_epochs * (i + 1) // iterations - finetune_epochs * i // iterations
+        phases += [Prune(target, structure), Train(share, Constant(lr(1.0)))]
+    return phases
 
 
 def renda2020(
@@ -205,8 +211,8 @@ def renda2020(
     Source: Renda et al. 2020, arXiv 2003.02389. They retrain for as long as they trained after
     every cut; here the schedule is replayed over the cut's share of `finetune_epochs`.
     """
-    budget = (epochs, finetune_epochs, iterations)
-    return _cut_and_tune(*budget, lr, lr, sparsity, structure)
+    phases = han2015(epochs, lr, sparsity, structure, finetune_epochs, iterations)
+    return [replace(phase, lr=lr) if isinstance(phase, Train) else phase for phase in phases]
 
 
 def zhu2017(
@@ -244,7 +250,6 @@ def liu2017(
     must be one whose units have scales.
     """
     _check_finetuning(epochs, finetune_epochs)
-
     return [
         Train(epochs - finetune_epochs, lr, on_scales(BatchNormL1, l1, structure)),
         Prune(sparsity, structure, batch_norm_scale),
@@ -327,26 +332,6 @@ def _with_swd(
         every=every,
     )
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
-
-
-def _cut_and_tune(
-    epochs: int,
-    finetune_epochs: int,
-    iterations: int,
-    lr: Schedule,
-    tune: Schedule,
-    sparsity: float,
-    structure: Structure,
-) -> list[Phase]:
-    check_sparsity(sparsity)
-    _check_finetuning(epochs, finetune_epochs, iterations)
-    phases: list[Phase] = [Train(epochs - finetune_epochs, lr)]
-    for i in range(iterations):
-        last = i == iterations - 1
-        target = sparsity if last else 1 - (1 - sparsity) ** ((i + 1) / iterations)
-        share = finetune_epochs * (i + 1) // iterations - finetune_epochs * i // iterations
-        phases += [Prune(target, structure), Train(share, tune)]
-    return phases
 
 
 def _rising(sparsity: float, ramp_begin: float, ramp_end: float) -> Cubic:

@@ -18,10 +18,9 @@ from torch.nn.functional import avg_pool2d
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.weight_norm import WeightNorm
 
-from swdlib import trials
 from swdlib.criteria import Criterion, score_of
 from swdlib.schedules import check_count
-from swdlib.units import Found, Part
+from swdlib.units import Found, Held, Part, kept_of, removable
 
 
 @dataclass(frozen=True)
@@ -388,16 +387,16 @@ class Groups(list[Group]):
 def _coupled(example: Any, name: str, kinds: Sequence[str]) -> Structure:
     def structure(model: nn.Module) -> list[Group]:
         network = dict(model.named_parameters())
-        removable = trials.removable(model, example)
+        found = removable(model, example)
         groups = Groups()
         reached = []
-        for f in removable.found:
+        for f in found.found:
             owned = [p for p in f.parts if p.role != "buffer"]
             if f.kind in kinds and all(network[p.name].requires_grad for p in owned):
                 reached.append(f)
                 parts = tuple(replace(p, parameter=network[p.name]) for p in owned)
                 groups.append(Coupled(f.name, network[parts[0].name], 1, parts, network, f.count))
-        groups.report = _report(structure.__name__, reached, removable.held, network)
+        groups.report = _report(structure.__name__, reached, found.held, network)
         return groups
 
     structure.__name__ = name
@@ -405,9 +404,9 @@ def _coupled(example: Any, name: str, kinds: Sequence[str]) -> Structure:
 
 
 def _report(
-    name: str, found: Sequence[Found], held: Sequence[trials.Held], network: dict[str, nn.Parameter]
+    name: str, found: Sequence[Found], held: Sequence[Held], network: dict[str, nn.Parameter]
 ) -> str:
-    kept = trials.kept_of(found, [torch.arange(f.count) > 0 for f in found])
+    kept = kept_of(found, [torch.arange(f.count) > 0 for f in found])
     left = 0
     for key, parameter in network.items():
         sizes = [

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -141,29 +141,13 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         """Count an optimizer step."""
         self.step += 1
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Hook an optimizer: from now on each of its steps applies the penalty.
-
-        It acts once a step, after gradients are accumulated, unscaled and clipped; a step that a
-        GradScaler skips does not count. Where several optimizers share the model, attach each: a
-        weight of one that is not attached is left alone.
-
-        Raises TypeError for what is no optimizer, and for one that evaluates the loss several times
-        a step (LBFGS), takes sparse gradients only or has sharded parameters; ValueError if it has
-        none of the prunable parameters or some of an attached one and, at the first step, if a
-        fused optimizer is left to unscale its gradients itself.
-        """
-        super().attach(optimizer)
-
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         hooks.require_hookable(optimizer, self.update)
+        super()._check_optimizer(optimizer)
         self._owned = hooks.owned_by(optimizer)
-        if not any(id(parameter) in self._owned for parameter in self.parameters.values()):
-            raise ValueError(
-                f"the {type(optimizer).__name__} has none of the {len(self.parameters)} prunable "
-                f"parameters of {type(self.model).__name__}; build it from model.parameters() "
-                "(FSDP and DeepSpeed put others in their place: use DistributedDataParallel)"
-            )
+
+    def _acts_on(self) -> Iterable[Tensor]:
+        return self.parameters.values()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._owned = hooks.owned_by(optimizer)  # parameter groups may be added between steps
@@ -239,16 +223,13 @@ class SelectiveWeightDecay(hooks.SelectingMethod):
         are not small. ValueError, and nothing is cut, if a parameter was replaced since this was
         made, or frozen while its weights were not small.
         """
-        masks = self._select(self._sparsity(1.0))
+        masks = select(self.groups, self._sparsity(1.0), self.criterion, self.allocation)
         self._check_cut(masks)
         apply_(self.model, masks)
         for optimizer in (*self._optimizers, *self._wrappers):
             hooks.hold_state(optimizer, self.model, masks)
         self.masks = masks
         return masks
-
-    def _select(self, sparsity: float) -> Masks:
-        return select(self.groups, sparsity, self.criterion, self.allocation)
 
     @torch.no_grad()
     def _check_cut(self, masks: Masks) -> None:

@@ -250,7 +250,7 @@ def test_it_joins_the_right_optimizer_once() -> None:
     pruner = GradualPruning(model, sparsity=0.5, steps=1)
     with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, not 'sgd'"):
         pruner.attach("sgd")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the SGD has no parameter of Linear"):
+    with pytest.raises(ValueError, match="the SGD has none of the 1 parameters of Linear"):
         pruner.attach(SGD(four_weights().parameters(), lr=0.1))
     optimizer = SGD(model.parameters(), lr=0.1)
     pruner.attach(optimizer)

@@ -1,5 +1,7 @@
 """Channels: each rule by hand, whole networks by hand, and what cannot be followed."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,7 @@ from torch.nn import functional as F
 from swdlib.channels import Follower, trace
 from swdlib.comparing import plain, tensors_of
 from swdlib.labels import FREE, PINNED, Joins, compressed
-from swdlib.trials import removable
-from swdlib.units import Found, Untraceable, units
+from swdlib.units import Found, Untraceable, removable, units
 from tests.toys import TOYS, Net, build
 
 
@@ -347,3 +348,25 @@ def test_tensors_of_nested_outputs() -> None:
     a, b = torch.zeros(1), torch.ones(1)
     assert tensors_of({"x": [a, None], "y": (b, "text", 3)}) == [a, b]
     assert tensors_of(a) == [a] and tensors_of(None) == []
+
+
+def test_units_are_found_once_until_a_module_or_shape_changes() -> None:
+    model, example = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), torch.rand(4, 3)
+    first = removable(model, example)
+    assert removable(model, example) is first
+    assert removable(model, torch.rand(4, 3)) is not first
+    before = removable(model, example)
+    model[0], model[2] = nn.Linear(3, 5), nn.Linear(5, 2)
+    assert removable(model, example) is not before
+    assert [f.count for f in removable(model, example).found] == [5]
+
+
+def test_what_is_remembered_keeps_no_model_alive() -> None:
+    def found() -> "weakref.ref[nn.Module]":
+        model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+        assert removable(model, torch.rand(4, 3)).found
+        return weakref.ref(model)
+
+    gone = found()
+    gc.collect()
+    assert gone() is None

@@ -24,7 +24,8 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, SparseAdam
 from torch.utils.data import DataLoader, TensorDataset
 
 from swdlib.baselines import GradualPruning
-from swdlib.hooks import after_backward, fitted_units, movement
+from swdlib.hooks import after_backward, fitted_units, movement, norms
+from swdlib.masks import parameters_of, removed_weights
 from swdlib.schedules import Exponential
 from swdlib.structures import Group, kernels
 from swdlib.swd import SelectiveWeightDecay, Update
@@ -885,22 +886,29 @@ def of(*chosen: bool) -> list[torch.Tensor]:
 
 
 def test_movement_by_hand() -> None:
-    groups = [Group("w", nn.Parameter(torch.tensor([3.0, 4.0, 12.0, 5.0])))]
-    first = movement(groups, of(True, True, False, False), [])
-    assert first == {"selected": 2, "norm_selected": 5.0, "norm_kept": 13.0}
-    second = movement(groups, of(True, False, True, True), of(True, True, False, False))
-    assert (second["entered"], second["left"], second["selected"]) == (2, 1, 3)
-    assert second["norm_kept"] == 4.0
-    third = movement(groups, of(True, False, True, True), of(True, False, True, True))
+    assert movement(of(True, True, False, False), []) == {"selected": 2}
+    second = movement(of(True, False, True, True), of(True, True, False, False))
+    assert second == {"selected": 3, "entered": 2, "left": 1}
+    third = movement(of(True, False, True, True), of(True, False, True, True))
     assert (third["entered"], third["left"]) == (0, 0)
+
+
+def norms_of(group: Group, *chosen: bool) -> dict[str, float]:
+    return norms(parameters_of([group]), removed_weights([group], of(*chosen)))
+
+
+def test_norms_by_hand() -> None:
+    group = Group("w", nn.Parameter(torch.tensor([3.0, 4.0, 12.0, 5.0])))
+    assert norms_of(group, True, True, False, False) == {"norm_selected": 5.0, "norm_kept": 13.0}
+    assert norms_of(group, True, False, True, True)["norm_kept"] == 4.0
 
 
 def test_units_of_several_weights_count_once() -> None:
     convolution = nn.Conv2d(1, 2, 3)
     convolution.weight.data[:] = 1.0
-    report = movement(kernels(convolution), of(False, True), of(True, False))
-    assert (report["entered"], report["left"], report["selected"]) == (1, 1, 1)
-    assert report["norm_selected"] == report["norm_kept"] == 3.0
+    [group] = kernels(convolution)
+    assert movement(of(False, True), of(True, False)) == {"selected": 1, "entered": 1, "left": 1}
+    assert norms_of(group, False, True) == {"norm_selected": 3.0, "norm_kept": 3.0}
 
 
 def test_units_that_do_not_fit_are_refused() -> None:
@@ -914,6 +922,5 @@ def test_units_that_do_not_fit_are_refused() -> None:
 
 
 def test_norms_of_half_precision_do_not_overflow() -> None:
-    groups = [Group("w", nn.Parameter(torch.full((2,), 300.0, dtype=torch.float16)))]
-    report = movement(groups, of(True, False), [])
-    assert report["norm_selected"] == report["norm_kept"] == 300.0
+    group = Group("w", nn.Parameter(torch.full((2,), 300.0, dtype=torch.float16)))
+    assert norms_of(group, True, False) == {"norm_selected": 300.0, "norm_kept": 300.0}

@@ -11,17 +11,17 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, ImageFolder, utils
+from tqdm import tqdm
 
 from swdlib.data.images import SUFFIXES, Dataset, Split, fingerprint_of, read_image
 from swdlib.files import write_whole
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 # In the order of the labels.
 CLASSES = (
@@ -38,8 +38,6 @@ def load_cifar10(root: Path | None) -> Dataset:
     cifar10 are searched for the published files, the archive and image folders, in this order.
     ValueError if a file is damaged; FileNotFoundError if nothing is found and the download fails.
     """
-    from torchvision.datasets import CIFAR10
-
     root = Path("data") if root is None else root
     if root.is_file():
         return _load_archive(root)
@@ -88,17 +86,12 @@ def _dataset(source: str, train: Split, test: Split) -> Dataset:
 
 def _published_files() -> list[tuple[str, str]]:
     """Return the names of the published files that are read, with their MD5 sums."""
-    from torchvision.datasets import CIFAR10
-
     files = [*CIFAR10.train_list, *CIFAR10.test_list]
     return [*files, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
 
 
 def _check_md5(file: Path, md5: str) -> None:
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
-    if not check_integrity(file, md5):
+    if not utils.check_integrity(file, md5):
         raise ValueError(
             f"{file} is damaged or not CIFAR-10's: its MD5 sum must be {md5}; "
             f"fetch it again from {CIFAR10.url}"
@@ -106,8 +99,6 @@ def _check_md5(file: Path, md5: str) -> None:
 
 
 def _read_files(folder: Path) -> list[Split]:
-    from torchvision.datasets import CIFAR10
-
     # A pickle can run any code. torchvision checks the sums too, but its error names no file.
     for name, md5 in _published_files():
         _check_md5(folder / CIFAR10.base_folder / name, md5)
@@ -119,8 +110,6 @@ def _read_files(folder: Path) -> list[Split]:
 
 def _load_archive(archive: Path) -> Dataset:
     def read() -> list[Split]:
-        from torchvision.datasets import CIFAR10
-
         _check_md5(archive, CIFAR10.tgz_md5)
         with tempfile.TemporaryDirectory() as folder:
             # The first releases of Python 3.10 and 3.11 have no filters; the archive is known.
@@ -132,9 +121,6 @@ def _load_archive(archive: Path) -> Dataset:
 
 
 def _load_images(folder: Path) -> Dataset:
-    from torchvision.datasets import ImageFolder
-    from tqdm import tqdm
-
     labels = {name: label for label, name in enumerate(CLASSES)}
     samples: dict[str, list[tuple[str, int]]] = {}
     for part in ("train", "test"):
@@ -164,11 +150,9 @@ def _check_image(image: Image.Image) -> Image.Image:
 
 def _download(root: Path, tried: Sequence[str]) -> Path:
     """Download the published archive into `root`, whole or not at all; `tried` is for the error."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_url
 
     def download(file: Path) -> None:
-        download_url(CIFAR10.url, file.parent, file.name, CIFAR10.tgz_md5)
+        utils.download_url(CIFAR10.url, file.parent, file.name, CIFAR10.tgz_md5)
 
     archive = root / CIFAR10.filename
     try:

@@ -10,7 +10,6 @@ from typing import Literal, overload
 import numpy as np
 import torch
 
-from swdlib.data.cifar10 import load_cifar10
 from swdlib.data.imagenet import ImageFolders, load_image_folders
 from swdlib.data.images import Dataset, Split, fingerprint_of, generator_of
 
@@ -73,6 +72,12 @@ def load_data(
     return data.take(order[count:], order[:count]).to(device)
 
 
+def _cifar10(root: Path | None) -> Dataset:
+    from swdlib.data.cifar10 import load_cifar10  # here, as torchvision takes long to import
+
+    return load_cifar10(root)
+
+
 def _digits(root: Path | None) -> Dataset:
     """Return scikit-learn's 1,797 handwritten digits, 1,437 to train and 360 to test."""
     from sklearn.datasets import load_digits
@@ -99,6 +104,6 @@ def _digits(root: Path | None) -> Dataset:
 
 DATASETS: dict[str, Callable[[Path | None], AnyDataset]] = {
     "digits": _digits,
-    "cifar10": load_cifar10,
+    "cifar10": _cifar10,
     "imagenet": load_image_folders,
 }

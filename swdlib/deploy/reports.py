@@ -48,13 +48,8 @@ class Report:
         return f"{self.table.to_string(formatters=formats)}\n\n{self.text}"
 
 
-@dataclass(frozen=True)
-class _Network:
-    run: Callable[[Tensor], Tensor]
-    parameters: int
-    kept: dict[str, int]
-    macs: int
-    bytes: int
+# What runs a network, and what of it needs no clock.
+Network = tuple[Callable[[Tensor], Tensor], dict[str, int]]
 
 
 @torch.no_grad()
@@ -77,22 +72,19 @@ def report(model: nn.Module, masks: Masks, example: Tensor, *, rounds: int = 5) 
             raise TypeError(f"the model must return one tensor, not {type(output).__name__}")
         shrunk = shrink(model, masks, example).eval()
         networks = _networks(model, masks, shrunk, one)
-        outputs = {name: network.run(example).float() for name, network in networks.items()}
+        outputs = {name: run(example).float() for name, (run, _) in networks.items()}
         single, batch = (
-            latencies({name: partial(n.run, x) for name, n in networks.items()}, rounds=rounds)
+            latencies({name: partial(run, x) for name, (run, _) in networks.items()}, rounds=rounds)
             for x in (one, example)
         )
     rows = {
         name: {
-            "parameters": network.parameters,
-            **network.kept,
-            "macs": network.macs,
-            "bytes": network.bytes,
+            **counted,
             "latency_ms": 1e3 * single[name],
             "images_per_s": len(example) / batch[name],
             "difference": (outputs[name] - outputs["masked"]).abs().max().item(),
         }
-        for name, network in networks.items()
+        for name, (_, counted) in networks.items()
     }
     table = pd.DataFrame.from_dict(rows, orient="index")
     threads, device = torch.get_num_threads(), example.device.type
@@ -108,21 +100,21 @@ def report(model: nn.Module, masks: Masks, example: Tensor, *, rounds: int = 5) 
     return Report(table, "\n".join(sentences))
 
 
-def _networks(
-    model: nn.Module, masks: Masks, shrunk: nn.Module, one: Tensor
-) -> dict[str, _Network]:
-    def dense_bytes(network: nn.Module) -> int:
-        return len(safetensors.torch.save(stored.tensors_of_state(network)))
+def _networks(model: nn.Module, masks: Masks, shrunk: nn.Module, one: Tensor) -> dict[str, Network]:
+    def counts(network: nn.Module) -> dict[str, int]:
+        size = len(safetensors.torch.save(stored.tensors_of_state(network)))
+        here = {"macs": count_macs(network, one), "bytes": size}
+        return {"parameters": parameters(network), **kept(network), **here}
 
     masked = copy.deepcopy(model).eval()
     apply_(masked, masks)
-    macs, left = count_macs(model, one), (parameters(model, masks), kept(model, masks))
-    smaller = parameters(shrunk), kept(shrunk), count_macs(shrunk, one)
     file = bytes_on_disk(lambda path: stored.save_sparse(masked, masks, path))
-    networks = {
-        "dense": _Network(model, parameters(model), kept(model), macs, dense_bytes(model)),
-        "masked": _Network(masked, *left, macs, file),
-        "shrunk": _Network(shrunk, *smaller, dense_bytes(shrunk)),
+    dense, smaller = counts(model), counts(shrunk)
+    left = dense | {"parameters": parameters(model, masks), **kept(model, masks), "bytes": file}
+    networks: dict[str, Network] = {
+        "dense": (model, dense),
+        "masked": (masked, left),
+        "shrunk": (shrunk, smaller),
     }
     fits_onnxruntime = one.device.type == "cpu" and one.dtype == torch.float32
     if fits_onnxruntime and not missing("onnx"):
@@ -130,10 +122,10 @@ def _networks(
             path = Path(folder, "shrunk.onnx")
             stored.to_onnx(shrunk, one, path)
             run, size = stored.in_onnxruntime(path), path.stat().st_size
-            networks["onnxruntime"] = _Network(run, *smaller, size)
+            networks["onnxruntime"] = run, smaller | {"bytes": size}
     sparse = sparse_linears(model, masks)
     if skipped := macs_skipped(sparse, one):
-        networks["sparse kernels"] = _Network(sparse, *left, macs - skipped, file)
+        networks["sparse kernels"] = sparse, left | {"macs": left["macs"] - skipped}
     return networks
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swdlib import comparing, trials
+from swdlib.comparing import inputs_like, require_equal
 from swdlib.masks import Masks, apply_
-from swdlib.units import Found
+from swdlib.units import Found, removable
 
 
 def shrink(model: nn.Module, masks: Masks, example: Any) -> nn.Module:
@@ -23,12 +23,12 @@ def shrink(model: nn.Module, masks: Masks, example: Any) -> nn.Module:
     """
     masked = copy.deepcopy(model)
     apply_(masked, masks)
-    removable = trials.removable(model, example)
+    channels = removable(model, example)
     small = copy.deepcopy(masked)
-    removable.cut(small, _find_kept(masked, removable.found))
-    inputs = [example, *comparing.inputs_like(example, removable.units.labels.ranges, 2)]
+    channels.cut(small, _find_kept(masked, channels.found))
+    inputs = [example, *inputs_like(example, channels.units.labels.ranges, 2)]
     try:
-        comparing.require_equal(small, masked, inputs)
+        require_equal(small, masked, inputs)
     except Exception as error:
         raise ValueError(
             f"without its masked channels {type(masked).__name__} computes something else or does "

@@ -1,6 +1,6 @@
 """Evidence: what records say of two methods, by runs that differ in the method alone."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swdlib.lab.plots import interval, method_of
 
@@ -27,10 +27,11 @@ def lead(ends: "pd.DataFrame", method: str, rival: str) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    by_seed = ends.pivot_table(
-        index=["target_sparsity", "seed"], columns="method", values="accuracy", aggfunc=list
-    )
-    pairs = by_seed[[method, rival]].dropna().map(_only)
+    keys = ["method", "target_sparsity", "seed"]
+    both = ends[ends["method"].isin([method, rival])]
+    if both.duplicated(keys).any():
+        raise ValueError("there must be one run a method, sparsity and seed, and there are several")
+    pairs = both.set_index(keys)["accuracy"].unstack("method").dropna()
     found = {}
     for level, pair in pairs.groupby(level="target_sparsity"):
         differences = pair[method] - pair[rival]
@@ -45,9 +46,3 @@ def lead(ends: "pd.DataFrame", method: str, rival: str) -> "pd.DataFrame":
 def verdict(mean: float, half: float) -> str:
     """What an interval of differences, `mean` plus and minus `half`, says."""
     return "level" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
-
-
-def _only(values: list[Any]) -> Any:
-    if len(values) > 1:
-        raise ValueError(f"there must be one run a method, sparsity and seed, not {len(values)}")
-    return values[0]

@@ -161,6 +161,7 @@ class Config:
             check_tracker(self.tracker)
         check_model(self.model, self.width)
         self._check_ranges()
+        self._rank_as_published()
         self._check_recipe()
         self._blank_unused()
 
@@ -265,8 +266,17 @@ class Config:
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
+    def _cuts(self) -> list[Prune]:
+        return [phase for phase in self.phases() if isinstance(phase, Prune)]
+
+    def _rank_as_published(self) -> None:
+        """The publication ranks units by scale, never by the magnitude of their weights."""
+        by_default = not self.criterion and all(c.criterion is magnitude for c in self._cuts())
+        if self.profile == "paper" and self.structure in WITH_SCALES and by_default:
+            object.__setattr__(self, "criterion", "batch_norm_scale")
+
     def _check_recipe(self) -> None:
-        """Let the recipe check its settings, and refuse what does not go together."""
+        """Refuse what does not go together; the recipe has checked its own settings."""
         if self.normalisation == "published" and self.dataset not in STD:
             raise ValueError(f"normalisation must be 'measured' for dataset {self.dataset!r}")
         if self.structure in published.STRUCTURES and not self.model.startswith("tessier"):
@@ -274,12 +284,7 @@ class Config:
                 f"structure {self.structure!r} is for the networks tessier_..., not for model "
                 f"{self.model!r}: use another, such as 'parameters' or 'filters'"
             )
-        cuts = [phase for phase in self.phases() if isinstance(phase, Prune)]
-        by_default = not self.criterion and all(cut.criterion is magnitude for cut in cuts)
-        if self.profile == "paper" and self.structure in WITH_SCALES and by_default:
-            # The publication ranks units by scale, never by the magnitude of their weights.
-            object.__setattr__(self, "criterion", "batch_norm_scale")
-        by_scale = any(cut.criterion is batch_norm_scale for cut in cuts)
+        by_scale = any(cut.criterion is batch_norm_scale for cut in self._cuts())
         if by_scale and self.structure not in WITH_SCALES:
             who = f"criterion {self.criterion!r}" if self.criterion else f"recipe {self.recipe!r}"
             raise ValueError(

@@ -26,8 +26,7 @@ def find_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} is not available here: use 'auto' or 'cpu'")
     if not torch.distributed.is_initialized():
         PartialState._reset_state()
-    device: torch.device = _processes(cpu=name == "cpu").device
-    return device
+    return torch.device(_processes(cpu=name == "cpu").device)
 
 
 def is_main_process() -> bool:

@@ -60,6 +60,11 @@ class Estimate:
         """Some lines to print."""
         config = self.config
         published = (config.dataset, config.model, config.width) in PUBLISHED
+        epochs = ", ".join(
+            f"{phase.epochs}" if isinstance(phase, Train) else f"cut to {phase.sparsity:g}"
+            for phase in config.phases()
+        )
+        unknown = UNKNOWN[config.dataset == "imagenet"] if config.profile == "paper" else ""
         reading = "" if self.read_seconds is None else f", read in {duration(self.read_seconds)}"
         return (
             f"Dry run of {config.title()}\n"
@@ -67,26 +72,14 @@ class Estimate:
             f"network    {self.parameters:,} parameters{', as published' if published else ''}\n"
             f"kept       {self.kept_weights:,} weights; {self.kept_parameters:,} of all parameters "
             f"are not zero ({100 * self.kept_parameters / self.parameters:.3g} %)\n"
-            f"epochs     {self._epochs()}, budget {config.budget!r}\n"
+            f"epochs     {epochs}, budget {config.budget!r}\n"
             f"a step     {duration(self.step_seconds)} in {config.precision} on {self.device}, "
             f"for {config.batch_size} images{reading}\n"
             f"whole run  {self.steps:,} steps and {self.evaluations} evaluations: "
             f"about {duration(self.seconds)}\n"
-            f"memory     {self.memory / 2**30:.1f} GiB" + self._unknown()
+            f"memory     {self.memory / 2**30:.1f} GiB"
+            + (f"\nunknown    {unknown}" if unknown else "")
         )
-
-    def _epochs(self) -> str:
-        """The epochs of each training and the sparsity of each cut, in turn."""
-        phases = self.config.phases()
-        return ", ".join(
-            f"{phase.epochs}" if isinstance(phase, Train) else f"cut to {phase.sparsity:g}"
-            for phase in phases
-        )
-
-    def _unknown(self) -> str:
-        if self.config.profile != "paper":
-            return ""
-        return f"\nunknown    {UNKNOWN[self.config.dataset == 'imagenet']}"
 
 
 def dry_run(config: Config, *, progress: bool = True) -> Estimate:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from swdlib.cutting import Attention
+from swdlib.comparing import Attention
 
 
 def calls() -> list[dict[str, Any]]:

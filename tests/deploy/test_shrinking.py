@@ -10,14 +10,12 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swdlib.comparing import tensors_of
-from swdlib.cutting import Attention
+from swdlib.comparing import Attention, tensors_of
 from swdlib.deploy.shrinking import shrink
 from swdlib.masks import Masks, apply_, find_groups, removed_weights, select, sparsity_of, uniform
 from swdlib.models import build_model
 from swdlib.structures import channels, filters, filters_and_channels, weights
-from swdlib.trials import removable
-from swdlib.units import Untraceable
+from swdlib.units import Untraceable, removable
 from tests import toys
 
 

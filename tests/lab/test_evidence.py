@@ -48,12 +48,12 @@ def test_zero_at_the_edge_is_no_lead() -> None:
 
 def test_recalibrated_accuracy_counts_where_it_was_measured() -> None:
     rows = pd.DataFrame(
-        {"run": ["a", "a", "b"], "recipe": "swd", "iterations": None, "top1": [1.0, 10.0, 20.0]}
-    ).assign(renewed_top1=[None, 40.0, None])
+        {"run": ["a", "a", "b"], "recipe": "swd", "iterations": 1, "top1": [1.0, 10.0, 20.0]}
+    ).assign(renewed_top1=[float("nan"), 40.0, float("nan")])
     assert finals(rows)["accuracy"].tolist() == [40.0, 20.0]
 
 
 def test_two_runs_of_a_seed_are_refused() -> None:
     both = pd.concat([ends(swd=[1], zhu2017=[1]), ends(swd=[2])])
-    with pytest.raises(ValueError, match="one run a method, sparsity and seed, not 2"):
+    with pytest.raises(ValueError, match="one run a method, sparsity and seed, and"):
         lead(both, "swd", "zhu2017")
