@@ -190,13 +190,16 @@ RERUNS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "any-structure",
-        {"seed": 2, "epochs": 2, "width": 8, "sparsity": 0.3, "levels": [0.4]},
+        {"seed": 2, "epochs": 2, "width": 8, "sparsity": 0.3},
         "12 bundles of filters in 21 convolutions",
     ),
     (
         "any-network",
-        {"seed": 2, "sparsity": 0.5, "epochs": 1, "width": 16, "head_sparsity": 0.05},
-        "Bits per letter, 50% of the weights removed",
+        {
+            **{"seed": 2, "seeds": 2, "steps": 40, "width": 16},
+            **{"sparsity": 0.5, "unit_sparsity": 0.2},
+        },
+        "attention: 8 units",
     ),
 ]
 
@@ -276,7 +279,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("baselines-side-by-side", {"seeds": 1}, "seeds must be at least 2, to show a spread, not 1"),
     ("what-swd-costs", {"number": 10}, "number must be at least 1000, not 10"),
     ("swd-on-filters", {"sparsity": 1.0}, r"sparsity must be in \[0, 1\), not 1\.0"),
-    ("any-structure", {"levels": [0.5, 1.0]}, r"must be in \[0, 1\), not 1\.0"),
+    ("any-structure", {"sparsity": 1.0}, r"sparsity must be in \[0, 1\), not 1\.0"),
+    ("any-network", {"seeds": 1}, "seeds must be at least 2, not 1"),
     ("any-network", {"width": 20}, "width must be a multiple of 8, the number of heads, not 20"),
     ("prune-your-own", {"filter_sparsity": -0.1}, r"sparsity .* must be in \[0, 1\), not -0\.1"),
     ("imagenet", {"images": 3}, "images must be at least 16, not 3"),
