@@ -24,7 +24,7 @@ class GradualPruning(hooks.SelectingMethod):
     trained on and may return (He et al. 2018, arXiv 1808.06866); of a filter, only its own weights
     are then set to zero, since it could not return without its batch norm.
 
-    Arguments are those of `hooks.SelectingMethod`, and `soft`.
+    The arguments that choose what is removed, and when, are those of `swd.SelectiveWeightDecay`.
     """
 
     def __init__(

@@ -78,7 +78,4 @@ def score_of(criterion: Criterion, name: str, parameter: Tensor) -> Tensor:
 
 # By name, for the command line and for notebooks. Not saliency, which needs gradients: a training
 # script has them at hand when it prunes, a recipe's cut has not.
-CRITERIA: dict[str, Criterion] = {
-    "magnitude": magnitude,
-    "batch_norm_scale": batch_norm_scale,
-}
+CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "batch_norm_scale": batch_norm_scale}

@@ -142,14 +142,7 @@ class Method:
 class SelectingMethod(Method):
     """A method that ranks units and selects the lowest at each step, for a target that may rise.
 
-    Args:
-        model: any module; it is neither wrapped nor renamed.
-        sparsity: fraction of prunable weights to remove, in [0, 1), or a schedule of it.
-        steps: optimizer steps over which schedules run, at least 1.
-        every: steps from one selection to the next, at least 1.
-        structure: what is pruned together.
-        criterion: what is pruned first: the lowest scores.
-        allocation: how scores of different layers compare; by default as they are.
+    `swd.SelectiveWeightDecay` explains the arguments.
     """
 
     def __init__(

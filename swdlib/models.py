@@ -47,11 +47,8 @@ def mlp(*, channels: int, size: int, classes: int, width: int = 128) -> nn.Modul
 def cnn(*, channels: int, size: int, classes: int, width: int = 16) -> nn.Module:
     """Three 3x3 convolutions of `width`, 2 `width` and 4 `width` maps; images of any size."""
     layers: list[nn.Module] = []
-    for before, after, stride in (
-        (channels, width, 1),
-        (width, 2 * width, 2),
-        (2 * width, 4 * width, 2),
-    ):
+    shapes = ((channels, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2))
+    for before, after, stride in shapes:
         layers += [_conv(before, after, stride), nn.BatchNorm2d(after), nn.ReLU()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)]
     return _initialise(nn.Sequential(*layers, *head))

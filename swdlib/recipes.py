@@ -298,7 +298,8 @@ def ranked(
     """
     own = [p.criterion for p in phases if isinstance(p, Prune) and p.criterion is not magnitude]
     if criterion and own:
-        raise ValueError(f"this recipe ranks by {own[0]!r}: criterion must be left out")
+        name = getattr(own[0], "__name__", own[0])
+        raise ValueError(f"this recipe ranks by {name}: criterion must be left out")
     given: dict[str, Any] = {"criterion": criterion, "allocation": allocation}
     given = {name: value for name, value in given.items() if value is not None}
 

@@ -404,21 +404,19 @@ def _coupled(example: Any, name: str, kinds: Sequence[str]) -> Structure:
 
 
 def _report(
-    name: str, found: Sequence[Found], held: Sequence[Held], network: dict[str, nn.Parameter]
+    kind: str, found: Sequence[Found], held: Sequence[Held], network: dict[str, nn.Parameter]
 ) -> str:
     kept = kept_of(found, [torch.arange(f.count) > 0 for f in found])
-    left = 0
-    for key, parameter in network.items():
-        sizes = [
-            int(kept[key, d].sum()) if (key, d) in kept else n
-            for d, n in enumerate(parameter.shape)
-        ]
-        left += math.prod(sizes)
+    sizes = {name: list(parameter.shape) for name, parameter in network.items()}
+    for (name, dim), stays in kept.items():
+        if name in sizes:  # not a buffer
+            sizes[name][dim] = int(stays.sum())
+    left = sum(map(math.prod, sizes.values()))
     total = sum(p.numel() for p in network.values())
     made = {p.name for f in found for p in f.parts if p.role in ("weight", "tied")}
     layers = [n for n, p in network.items() if p.ndim > 1]
     text = (
-        f"{name}: units of {len(made)} of {len(layers)} layers; at most {1 - left / total:.1%} of "
+        f"{kind}: units of {len(made)} of {len(layers)} layers; at most {1 - left / total:.1%} of "
         "the parameters can go."
     )
     return " ".join([text, *(f"Held: {h}." for h in held[:5])])

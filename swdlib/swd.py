@@ -11,15 +11,7 @@ from torch.optim import Optimizer
 
 from swdlib import hooks
 from swdlib.criteria import Criterion, magnitude
-from swdlib.fast import (
-    Selected,
-    Threshold,
-    add_,
-    are_alike,
-    divide_,
-    lowest_on_gpu,
-    radix_select,
-)
+from swdlib.fast import Selected, Threshold, add_, are_alike, divide_, lowest_on_gpu, radix_select
 from swdlib.masks import Allocation, Masks, apply_, are_single, removed_weights, select, together
 from swdlib.schedules import Exponential, Schedule, as_schedule, check_not_negative
 from swdlib.structures import Single, Structure, weights

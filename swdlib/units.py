@@ -37,6 +37,9 @@ Told = tuple[type[nn.Module], str, Call]
 ATTEMPTS = 3  # ways to read a line of code that holds a size, before its units are pinned
 
 
+# What the labels let go together ------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Part:
     """Slices of a parameter along `dim`; slice i belongs to unit `units[i]`, or to none if -1.
@@ -227,6 +230,9 @@ def _role(owner: Owner, dim: int) -> str:
         return "tied"
     known = [r for r in ("weight", "input", "scale", "shift") if r in roles]
     return known[0] if known else "shift" if owner.seen and len(owner.long) == 1 else ""
+
+
+# What the code allows: trials ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

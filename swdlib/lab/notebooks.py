@@ -8,13 +8,7 @@ from typing import Any
 
 from swdlib.runs.records import default_folder
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "list": (list,),
-}
+_TYPES: dict[str, Any] = {"int": int, "float": int | float, "str": str, "bool": bool, "list": list}
 
 
 def check_parameters(namespace: Mapping[str, Any]) -> None:

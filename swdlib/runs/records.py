@@ -222,12 +222,8 @@ def find(run: str, folder: Path) -> Path:
 
 def duration(seconds: float) -> str:
     """Seconds in a unit that suits them, to three digits."""
-    for limit, size, unit in (
-        (1, 1e-3, "ms"),
-        (120, 1, "s"),
-        (7200, 60, "minutes"),
-        (172_800, 3600, "hours"),
-    ):
+    units = ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "minutes"), (172_800, 3600, "hours"))
+    for limit, size, unit in units:
         if seconds < limit:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 86_400:,.1f} days"

@@ -38,11 +38,7 @@ BUSY = 75  # exit status of `swdlib run` for Busy; sysexits.h: temporary failure
 
 
 def run(
-    config: Config,
-    folder: str | Path | None = None,
-    *,
-    again: bool = False,
-    progress: bool = True,
+    config: Config, folder: str | Path | None = None, *, again: bool = False, progress: bool = True
 ) -> Record:
     """The record of `config`: read from `folder` if it is there, otherwise trained and written.
 
