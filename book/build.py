@@ -267,7 +267,7 @@ def fill(stage: Path, runs: list[reruns.Run]) -> None:
     records = stage / "records"
     parts: dict[str, Any] = {
         "api": api.reference,
-        "chapters": lambda: reruns.every_chapter(runs),
+        "chapters": lambda: reruns.every_chapter(runs, stage / "_toc.yml"),
         "pages": lambda: reruns.every_page(runs),
         "grids": lambda: reruns.every_grid(stage / "grids"),
         "records": lambda: reruns.every_record(records),

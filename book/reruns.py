@@ -12,6 +12,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import nbformat
 import papermill
+import yaml
 
 from book.api import escaped
 from swdlib.lab.interactive import weights_over_training
@@ -206,13 +207,26 @@ def figure_list(run: Run) -> str:
 # Lists of all pages, records and grids
 
 
-def every_chapter(runs: Iterable[Run]) -> str:
-    """Return the chapters in order, each with its reading time."""
-    lines = []
-    for number, run in enumerate(runs, start=1):
-        minutes = f" {run.minutes} minutes" if run.minutes else ""
-        lines.append(f"{number}. [{run.title}]({run.name}.ipynb){minutes}")
-    return "\n".join(lines)
+def every_chapter(runs: Iterable[Run], toc: Path) -> str:
+    """Return the numbered chapters of `toc` by part, each with its reading time."""
+    found = {run.name: run for run in runs}
+    lines, number = [], 0
+    for part in yaml.safe_load(toc.read_text("utf-8"))["parts"]:
+        if part.get("numbered"):
+            lines += ["", f"**{part['caption']}**", ""]
+            for name in (page["file"] for page in part["chapters"]):
+                number += 1
+                lines.append(f"{number}. {entry(name, found, toc.parent)}")
+    return "\n".join(lines[1:])
+
+
+def entry(name: str, runs: dict[str, Run], folder: Path) -> str:
+    """Return a link to a page, and the minutes that a notebook says of itself."""
+    if name in runs:
+        minutes = f" {runs[name].minutes} minutes" if runs[name].minutes else ""
+        return f"[{runs[name].title}]({name}.ipynb){minutes}"
+    title = (folder / f"{name}.md").read_text("utf-8").splitlines()[0].removeprefix("# ")
+    return f"[{title}]({name}.md)"
 
 
 def every_page(runs: Iterable[Run]) -> str:
@@ -257,10 +271,13 @@ def picture(folder: Path) -> str:
     rows = load(path).rows
     trained = [row for row in rows if row["kind"] == "train"]
     slider = weights_over_training({f"epoch {row['epoch']}": row["weights"] for row in trained})
-    before, after = (f"{row['top1']:.2f} %" for row in (trained[-1], rows[-1]))
+    unpruned = Config(profile="laptop", recipe="dense", lr=0.4, precision="bf16")
+    whole = load(path_of(unpruned.settings(), folder)).rows
+    dense, before, after = (f"{row['top1']:.2f} %" for row in (whole[-1], trained[-1], rows[-1]))
     link = file_link(f"records/{path.relative_to(folder)}")
     return (
-        f"{slider.text}\n\nTop-1 accuracy is {before} before the cut and {after} after it: {link}."
+        f"{slider.text}\n\nTop-1 accuracy is {before} before the cut and {after} after it "
+        f"({link}). The same network without pruning has {dense}."
     )
 
 

@@ -74,7 +74,7 @@ def test_files_of_the_book_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_every_file_that_a_page_shows_is_there() -> None:
     text = "".join(path.read_text("utf-8") for path in BOOK.glob("*.ipynb"))
     places = re.findall(r'from_book\(\\"(.*?)\\"\)', text)
-    assert len(places) == 6
+    assert len(places) == 9
     assert all(from_book(place).exists() for place in places)
     assert "default_folder()." not in text and "default_folder() /" not in text
 
