@@ -1,6 +1,7 @@
 """Tests of the book."""
 
-# Chapters that do not have the form of the others yet: answer, captions, task, little code.
+# Chapters that do not have all of the others' form yet: a figure with the answer at the top, a task
+# to fill in, a page that is not too long.
 EARLIER = {
     *("imagenet", "lagrangian-smoothing", "prune-your-own", "scale-out", "schedules"),
     *("what-goes-wrong", "what-matters", "what-moves", "what-swd-costs"),

@@ -16,7 +16,6 @@ from book import kernels
 from book.build import BOOK, INSTALLS, notebook_names
 from book.reruns import SETTINGS, parameter_table
 from swdlib.runs.config import Config
-from tests.book import EARLIER
 
 NAMES = notebook_names(BOOK)
 
@@ -69,8 +68,6 @@ def test_every_figure_has_alternative_text_and_suits_both_modes(name: str) -> No
         image = cell.metadata.get("mystnb", {}).get("image", {})
         assert len(image.get("alt", "").split()) > 8, cell.source
         assert image.get("classes") == "dark-light", cell.source  # not whitened in dark mode
-        if name in EARLIER:
-            continue
         figure = cell.metadata["mystnb"].get("figure", {})
         assert len(figure.get("caption", "").split()) > 5, cell.source
         assert figure.get("name", "").startswith("fig-"), cell.source
