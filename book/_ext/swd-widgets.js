@@ -1,4 +1,4 @@
-// What the live model and the schedules share: a form beside a picture, the words and numbers of it.
+// What the widgets share: a form beside a picture, the words and numbers of it, and a button that plays.
 "use strict";
 
 const swdWidgets = (() => {
@@ -61,5 +61,35 @@ const swdWidgets = (() => {
     draw();
   };
 
-  return { decades, mount };
+  // A button that plays pictures `show(0)` to `show(last)`, one every so many milliseconds. It goes on
+  // from the picture `at()`, or from the first if that is the last, and pauses when pressed again.
+  const player = (button, last, every, at, show) => {
+    let timer = null;
+    const name = (words) => { button.textContent = words; };
+    const stop = () => {
+      cancelAnimationFrame(timer);
+      timer = null;
+      name("Play");
+    };
+    const play = (first = at() < last ? at() : 0) => {
+      stop();
+      name("Pause");
+      let begin = null;
+      const step = (now) => {
+        begin ??= now;
+        const k = Math.min(first + Math.floor((now - begin) / every), last);
+        if (k !== at()) show(k);
+        if (k === last) stop();
+        else timer = requestAnimationFrame(step);
+      };
+      show(first);
+      timer = requestAnimationFrame(step);
+    };
+    button.type = "button";
+    button.addEventListener("click", () => (timer === null ? play() : stop()));
+    name("Play");
+    return { play, stop };
+  };
+
+  return { decades, mount, player };
 })();

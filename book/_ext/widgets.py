@@ -15,6 +15,7 @@ SHARED = ("swd-widgets.js", "swd-widgets.css")
 WIDGETS = {
     "swd-model": (*SHARED, "swd-model.js", "swd-model-page.js", "swd-model.css"),
     "swd-schedule": (*SHARED, "swd-schedule.js", "swd-schedule-page.js", "swd-schedule.css"),
+    "swd-frames": (*SHARED, "swd-frames.js", "swd-frames.css"),
     "swd-runs": ("swd-runs.js", "swd-runs.css"),
 }
 

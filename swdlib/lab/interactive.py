@@ -30,10 +30,10 @@ _WITHOUT_SLIDER = """<style>
 
 # In the handler, `this` is the slider; each frame is a name and an image. With autocomplete,
 # a browser that goes back to the page would restore the slider without calling the handler.
-_SLIDER = """<figure class="swd-frames" style="margin: 0">{style}
-<label style="display: block">shown: <b>{first}</b>
-<input type="range" min="0" max="{last}" value="0" autocomplete="off"
-style="display: block; width: 100%" aria-valuetext="{first}" oninput="
+_SLIDER = """<figure class="swd-frames" style="margin: 0"{play}>{style}
+<label style="display: block">shown: <b>{shown}</b>
+<input type="range" min="0" max="{last}" value="{start}" autocomplete="off"
+style="display: block; width: 100%" aria-valuetext="{shown}" oninput="
 const figure = this.closest('figure'), frames = figure.querySelectorAll('div');
 frames.forEach((frame, k) => frame.hidden = k != this.value);
 const label = frames[this.value].firstElementChild.textContent;
@@ -123,17 +123,28 @@ def path_of(problem: Mapping[str, Any]) -> Any:
     return np.array(points)
 
 
-def weights_over_training(histograms: Mapping[str, Mapping[str, Any]]) -> Html:
+def weights_over_training(
+    histograms: Mapping[str, Mapping[str, Any]],
+    *,
+    start: int = 0,
+    log: bool = False,
+    play: bool = False,
+) -> Html:
     """Histograms of |w| one at a time, chosen with a slider: label -> a row's `weights`.
 
-    They share their axes, and the alternative text of each says how many weights lie where. On
-    paper and without scripts, the first, the middle and the last are shown. ValueError if there is
-    no histogram.
+    They share their axes, and the alternative text of each says how many weights lie where. `start`
+    is the number of the first one shown; counts are on a logarithmic axis if `log`. On a page of
+    the book a button plays them, and with `play` they play once by themselves, unless the reader
+    wants no motion. On paper and without scripts, the first, the middle and the last are shown.
+    ValueError if there is no histogram, and for a `start` that is not the number of one.
     """
     if not histograms:
         raise ValueError("histograms must hold at least one: label -> a row's `weights`")
-    limits = _limits(np.array([histogram["counts"] for histogram in histograms.values()]))
     last = len(histograms) - 1
+    if not 0 <= start <= last:
+        raise ValueError(f"start must be in 0 to {last}, the number of a histogram, not {start}")
+    counts = np.array([histogram["counts"] for histogram in histograms.values()])
+    limits = _limits(counts, log)
     frames: list[str] = []
     for label, histogram in histograms.items():
         ax = plots.weight_distribution({label: histogram})
@@ -141,12 +152,14 @@ def weights_over_training(histograms: Mapping[str, Mapping[str, Any]]) -> Html:
         words = f"Histogram of the absolute weights, {label}: {_in_words(histogram)}."
         kept = " swd-kept" if len(frames) in (0, last // 2, last) else ""
         frames.append(
-            f'<div class="swd-frame{kept}"{" hidden" if frames else ""}>'
+            f'<div class="swd-frame{kept}"{"" if len(frames) == start else " hidden"}>'
             f"<p>{html.escape(label)}</p>{_image(ax.figure, words)}</div>"
         )
-    first = html.escape(next(iter(histograms)))
-    values = {"style": _WITHOUT_SLIDER, "last": last, "frames": "\n".join(frames)}
-    return Html(_SLIDER.format(first=first, **values), _histograms_csv(histograms))
+    values = {
+        **{"style": _WITHOUT_SLIDER, "last": last, "frames": "\n".join(frames), "start": start},
+        **{"shown": html.escape(list(histograms)[start]), "play": " data-play" if play else ""},
+    }
+    return Html(_SLIDER.format(**values), _histograms_csv(histograms))
 
 
 def accuracy_of_runs(rows: pd.DataFrame) -> Html:
@@ -219,18 +232,19 @@ def _histograms_csv(histograms: Mapping[str, Mapping[str, Any]]) -> str:
     return file.getvalue()
 
 
-def _limits(counts: Any) -> dict[str, tuple[float, float]]:
-    """Limits of axes on which all histograms, rows of `counts`, fit.
+def _limits(counts: Any, log: bool) -> dict[str, Any]:
+    """Limits and scale of axes on which all histograms, rows of `counts`, fit.
 
     The first bin also counts all smaller weights: it may be too high for the picture.
     """
     edges = np.logspace(*HISTOGRAM_RANGE, counts.shape[1] + 1)
     filled = np.flatnonzero(counts.sum(axis=0))
     first, last = (filled[0], filled[-1]) if filled.size else (0, counts.shape[1] - 1)
-    return {
-        "xlim": (edges[first], edges[last + 1]),
-        "ylim": (0, 1.05 * max(counts[:, 1:].max(), 1)),
-    }
+    highest = max(counts[:, 1:].max(), 1)
+    heights = (
+        {"yscale": "log", "ylim": (0.8, 2 * highest)} if log else {"ylim": (0, 1.05 * highest)}
+    )
+    return {"xlim": (edges[first], edges[last + 1]), **heights}
 
 
 def _in_words(histogram: Mapping[str, Any]) -> str:

@@ -21,10 +21,12 @@ import yaml
 from docutils import nodes
 from docutils.utils import new_document
 from IPython.core.inputtransformer2 import TransformerManager
+from PIL import Image
 from torch import Tensor
 
 import swdlib
 from book import api, build, probes, reruns, slides
+from book._ext import share
 from book.prose import MARKDOWN, blocks, inline
 from swdlib import plots
 from swdlib.cli import parser
@@ -186,8 +188,9 @@ def test_chapters_are_listed_by_part(run: reruns.Run, tmp_path: Path) -> None:
     (tmp_path / "_toc.yml").write_text(yaml.safe_dump({"parts": parts}))
     (tmp_path / "text.md").write_text("# In text\n\nMore")
     assert reruns.every_chapter([run], tmp_path / "_toc.yml").splitlines() == [
-        *("**Learn**", "", "1. [A page](small.ipynb) 5 minutes"),
-        *("", "**Deploy**", "", "2. [In text](text.md)"),
+        *("**Learn**" + reruns.PURPOSES["Learn"], "", "1. [A page](small.ipynb) 5 minutes"),
+        *("", "**Deploy**" + reruns.PURPOSES["Deploy"], "", "2. [In text](text.md)"),
+        *("", "**Appendices**", "", "[A page](small.ipynb)."),
     ]
 
 
@@ -396,6 +399,7 @@ def test_minutes_of_the_path_for_an_afternoon_are_those_of_its_pages() -> None:
 def test_first_page_shows_each_epoch_of_a_run_on_record() -> None:
     text = reruns.picture(build.BOOK / "records")
     assert re.findall(r"<p>(.*?)</p>", text) == [f"epoch {i}" for i in range(1, 11)]
+    assert text.count('class="swd-frame') - 1 == 10 and ' value="9"' in text  # it opens on the last
     before, after, dense = (float(top1) for top1 in re.findall(r"(\d+\.\d\d) %", text)[-3:])
     assert abs(before - after) < 0.5 and dense > before
 
@@ -707,6 +711,28 @@ def test_picture_of_runs_is_drawn_on_a_slide_and_made_fit_for_a_dark_one(tmp_pat
     assert found is not None
     picture = b64decode(found[1]).decode()
     assert picture == plots.for_both_grounds("<svg><defs></defs></svg>") and "dark" in picture
+
+
+# Links to the pages
+
+
+def test_link_to_a_page_shows_its_title_its_first_sentences_and_the_card() -> None:
+    page, boxed = new_document("page.md"), nodes.note("", nodes.paragraph("", "In a box."))
+    page += nodes.section("", boxed, nodes.paragraph("", f"One. {'Two ' * 60}."))
+    assert share.description(page) == "One."
+    page[0][1] = nodes.paragraph("", "First, ", nodes.emphasis("", "short"))
+    assert share.description(page) == "First, short"
+    found = share.tags('A "page"', "One.", "slides/page.html", "")
+    assert 'property="og:title" content="A &quot;page&quot;"' in found
+    assert 'content="../_static/card.png"' in found and "og:url" not in found
+    found = share.tags("A page", "One.", "page.html", "https://example.org/book/")
+    assert 'content="https://example.org/book/_static/card.png"' in found
+    assert 'property="og:url" content="https://example.org/book/page.html"' in found
+
+
+def test_card_has_the_size_that_links_show() -> None:
+    with Image.open(build.BOOK / share.CARD) as card:
+        assert card.size == (1200, 630)
 
 
 # On Colab

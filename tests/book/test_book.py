@@ -27,6 +27,7 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 from torch import nn
 
 from book import build, reruns
+from book._ext.widgets import WIDGETS as WIDGETS_OF_PAGES
 from swdlib import SelectiveWeightDecay
 from swdlib.criteria import magnitude
 from swdlib.lab.interactive import path_of, weights_over_training
@@ -443,10 +444,13 @@ def test_page_is_light_enough_for_a_phone(visit: Visit) -> None:
     assert sum(file.stat().st_size for file in files) < 2_000_000
 
 
+FILLED = ", ".join(f".{name}" for name in WIDGETS_OF_PAGES)
+
+
 @pytest.mark.slow
 def test_scripts_of_a_page_load_nowhere_else(visit: Visit) -> None:
     loaded = visit.page.locator("script[src*=widgets], link[href*=widgets]").count()
-    assert (loaded > 0) == (visit.page.locator(".swd-model, .swd-schedule, .swd-runs").count() > 0)
+    assert (loaded > 0) == (visit.page.locator(FILLED).count() > 0)
 
 
 # What axe-core finds against its rules and is left as it is -> where, and why.
@@ -1149,7 +1153,7 @@ def test_slider_shows_one_frame_at_a_time(html: Path, page: Page, name: str) -> 
     frames, slider = page.locator(".swd-frames img"), page.get_by_label("shown")
     last = frames.count() - 1
     assert last > 3
-    for key, number in (("ArrowRight", 1), ("End", last), ("ArrowLeft", last - 1), ("Home", 0)):
+    for key, number in (("Home", 0), ("ArrowRight", 1), ("End", last), ("ArrowLeft", last - 1)):
         slider.press(key)
         shown = [i for i in range(last + 1) if frames.nth(i).is_visible()]
         assert shown == [number]
@@ -1171,6 +1175,36 @@ def test_slider_is_in_step_when_the_browser_comes_back(browser: Browser, tmp_pat
         page.go_back()
         value = int(page.get_by_label("shown").input_value())
         assert [i for i in range(3) if page.locator("img").nth(i).is_visible()] == [value]
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_slider_plays_once_unless_the_reader_wants_no_motion(
+    browser: Browser, tmp_path: Path, motion: Any
+) -> None:
+    counts = [0] * HISTOGRAM_BINS
+    histograms = {str(k): {"zeros": k, "counts": counts} for k in range(4)}
+    shown = weights_over_training(histograms, start=3, play=True)
+    scripts = "".join(
+        f"<script>{(WIDGETS / f'swd-{name}.js').read_text('utf-8')}</script>"
+        for name in ("widgets", "frames")
+    )
+    (tmp_path / "page.html").write_text(shown.text + scripts, encoding="utf-8")
+    with tab(browser, WIDTHS["desktop"]) as page:
+        page.emulate_media(reduced_motion=motion)
+        page.goto((tmp_path / "page.html").as_uri())
+        seen = page.locator(".swd-frames b")
+        if motion == "reduce":
+            page.wait_for_timeout(600)
+            assert seen.inner_text() == "3"
+            page.get_by_role("button", name="Play").click()
+        for number in ("0", "1", "3"):
+            page.wait_for_function(f"document.querySelector('b').textContent === '{number}'")
+        page.get_by_role("button", name="Play").click()
+        page.get_by_role("button", name="Pause").click()
+        assert seen.inner_text() == "0"
+        page.get_by_label("shown").press("ArrowRight")
+        page.wait_for_timeout(600)
+        assert seen.inner_text() == "1"
 
 
 @pytest.mark.parametrize("scripts", [True, False])

@@ -80,6 +80,21 @@ def test_slider_has_a_frame_a_histogram_and_shows_the_first() -> None:
     assert not plt.get_fignums()
 
 
+def test_slider_opens_on_the_wanted_histogram() -> None:
+    shown = {"epoch 1": histogram(minus1=10), "epoch 2": histogram(2, minus8=6, minus1=2)}
+    text = weights_over_training(shown, start=1, play=True).text
+    assert re.findall(r'<div class="swd-frame swd-kept"( hidden)?>', text) == [" hidden", ""]
+    assert 'value="1"' in text and "<b>epoch 2</b>" in text and " data-play>" in text
+    with pytest.raises(ValueError, match="start must be in 0 to 1, the number of a histogram"):
+        weights_over_training(shown, start=2)
+
+
+def test_few_large_weights_are_seen_on_a_logarithmic_axis() -> None:
+    shown = {"end": histogram(minus8=5000, minus1=5)}
+    plain, log = (images(weights_over_training(shown, log=log).text)[0] for log in (False, True))
+    assert plain["src"] != log["src"] and plain["alt"] == log["alt"]
+
+
 def test_frame_says_how_many_weights_lie_where() -> None:
     shown = {"epoch 2": histogram(2, minus8=3, minus5=3, minus1=2)}
     [frame] = images(weights_over_training(shown).text)
