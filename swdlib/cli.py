@@ -22,7 +22,7 @@ from swdlib.runs.check import audit_all, export
 from swdlib.runs.config import Config, type_of
 from swdlib.runs.devices import find_device, is_main_process
 from swdlib.runs.dryrun import dry_run
-from swdlib.runs.records import RENAMED, choose, load_records, tabulate
+from swdlib.runs.records import RENAMED, choose, last_rows, load_records, tabulate
 from swdlib.runs.run import BUSY, Busy, run
 from swdlib.runs.sweep import grid, read_grid, sweep
 from swdlib.runs.workers import local, on_ray
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_printable(f"swdlib: {error}"), file=sys.stderr)
         sys.exit(BUSY)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"swdlib: error: {error}")
+        sys.exit(_printable(f"swdlib: error: {error}"))
     except KeyboardInterrupt:
         if options.do not in (_run, _sweep) or getattr(options, "dry_run", False):
             sys.exit("swdlib: stopped")
@@ -250,7 +250,7 @@ def _printable(text: str) -> str:
 
 def _ends(table: "pd.DataFrame", sort: str | None) -> "pd.DataFrame":
     """The last row of each run; like runs side by side, unless they are sorted by a column."""
-    ends = table.groupby("run", sort=False).tail(1)
+    ends = last_rows(table)
     sort = RENAMED.get(sort, sort) if sort else None
     if sort and sort not in ends:
         raise ValueError(f"--sort must be one of {', '.join(map(str, ends))}, not {sort!r}")

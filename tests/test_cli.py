@@ -446,3 +446,12 @@ def test_what_a_record_says_is_no_formula_and_no_order_to_the_terminal(
             cli.main([*command, "--records", str(tmp_path)])
     out, err = capsys.readouterr()
     assert out and "\x1b" not in out + err and "\x07" not in out + err
+
+
+def test_an_error_that_names_a_record_is_no_order_to_the_terminal(tmp_path: Path) -> None:
+    content = {"\x1b]0;owned\x07": 1}
+    whole = {**content, "checksum": records.checksum(content)}
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    with pytest.raises(SystemExit) as error:
+        cli.main(["show", "--records", str(tmp_path)])
+    assert "owned" in str(error.value) and "\x1b" not in str(error.value)

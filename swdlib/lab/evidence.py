@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from swdlib.lab.plots import interval, method_of
+from swdlib.runs.records import final_accuracy, last_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -13,9 +14,9 @@ def finals(rows: "pd.DataFrame") -> "pd.DataFrame":
 
     `accuracy` is that with recalibrated batch norm, or, where a network has none, that as trained.
     """
-    ends = rows.groupby("run", sort=False).tail(1).dropna(subset=["top1"])
-    accuracy = ends["renewed_top1"].fillna(ends["top1"]) if "renewed_top1" in ends else ends["top1"]
-    return ends.assign(method=[method_of(row) for _, row in ends.iterrows()], accuracy=accuracy)
+    ends = last_rows(rows).dropna(subset=["top1"])
+    methods = [method_of(row) for _, row in ends.iterrows()]
+    return ends.assign(method=methods, accuracy=final_accuracy(ends))
 
 
 def lead(ends: "pd.DataFrame", method: str, rival: str) -> "pd.DataFrame":

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from swdlib import plots
+from swdlib.lab.evidence import finals
 from swdlib.runs.records import HISTOGRAM_RANGE
 
 # Where the slider cannot be moved, a few frames are shown below each other. The `!important` rules
@@ -187,8 +188,7 @@ def _last_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """The last row of each run that has a result, by method and from left to right."""
     if "top1" not in rows:
         return rows.iloc[:0]
-    runs = rows.groupby("run", sort=False).tail(1).dropna(subset=["top1"])
-    runs = runs.assign(method=[plots.method_of(run) for _, run in runs.iterrows()])
+    runs = finals(rows)
     return runs.iloc[np.lexsort((runs["seed"], runs["parameters"], runs["method"].factorize()[0]))]
 
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Affine2D
 from scipy.special import stdtrit
 
-from swdlib.runs.records import HISTOGRAM_RANGE
+from swdlib.runs.records import HISTOGRAM_RANGE, last_rows
 
 # Text needs a contrast of 4.5:1 (WCAG 1.4.3), which no grey has on white and on a dark page.
 INK, PALE_INK = "#747474", "#949494"
@@ -69,7 +69,7 @@ def accuracy_against_kept(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     if _without_results(rows):
         return ax
-    finals = rows.groupby("run", sort=False).tail(1)
+    finals = last_rows(rows)
     for i, (name, runs) in enumerate(finals.groupby(finals.apply(method_of, axis=1), sort=False)):
         look = {"color": _cycle(COLOURS, i), "marker": _cycle(MARKERS, i)}
         ax.plot(runs["parameters"], runs["top1"], ls="", markersize=8, label=name, **look)

@@ -172,6 +172,18 @@ def tabulate(found: Iterable[Record]) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
+def last_rows(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The last row of each run, by which it is judged."""
+    return table.groupby("run", sort=False).tail(1)
+
+
+def final_accuracy(ends: "pd.DataFrame") -> "pd.Series[float]":
+    """Top-1 in percent in last rows: recalibrated, or as trained where that was not measured."""
+    if "renewed_top1" in ends:
+        return ends["renewed_top1"].fillna(ends["top1"])
+    return ends["top1"]
+
+
 def choose(
     table: "pd.DataFrame", where: Iterable[tuple[str, str]] = (), *, best: bool = False
 ) -> "pd.DataFrame":
@@ -184,16 +196,13 @@ def choose(
         column = RENAMED.get(name, name)
         if column not in table:
             raise ValueError(f"{name} is no column; there are {', '.join(map(str, table))}")
-        ends = table.groupby("run", sort=False).tail(1)
+        ends = last_rows(table)
         runs = ends["run"][[_matches(value, text) for value in ends[column]]]
         table = table[table["run"].isin(runs)]
     if not best or table.empty or "top1" not in table:
         return table
-    ends = table.groupby("run", sort=False).tail(1)
-    accuracy = ends["top1"]
-    if "renewed_top1" in ends:
-        accuracy = ends["renewed_top1"].fillna(accuracy)
-    mean = accuracy.groupby(ends["setup"]).transform("mean")
+    ends = last_rows(table)
+    mean = final_accuracy(ends).groupby(ends["setup"]).transform("mean")
     highest = mean.groupby([ends[name] for name in COMPARED], dropna=False).transform("max")
     return table[table["run"].isin(ends["run"][mean == highest])]
 
