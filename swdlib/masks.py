@@ -5,13 +5,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import SupportsFloat
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from swdlib.criteria import Criterion, magnitude
+from swdlib.schedules import as_number
 from swdlib.structures import Coupled, Group, NofM, Structure, either, is_prunable
 
 Masks = dict[str, Tensor]
@@ -318,10 +318,7 @@ def _split(chosen: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 def check_sparsity(sparsity: float) -> float:
     """The sparsity as a float, if it lies in [0, 1); ValueError otherwise."""
-    try:  # in double precision, whatever the type: counts must be exact
-        value = float(sparsity) if isinstance(sparsity, SupportsFloat) else math.nan
-    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
-        value = math.nan
+    value = as_number(sparsity)  # in double precision: counts must be exact
     if not 0.0 <= value < 1.0:  # NaN fails the comparison as well
         raise ValueError(
             f"sparsity is the fraction of weights removed and must be in [0, 1), not {sparsity!r}"

@@ -21,9 +21,17 @@ Schedule = Callable[[float], float]
 Growth = Literal["exponential", "linear", "cosine", "cubic", "per_step"]
 
 
+def as_number(value: Any) -> float:
+    """The value in double precision, whatever its type; NaN for what is no single number."""
+    try:
+        return float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # such as an array of several
+        return math.nan
+
+
 def _require_finite(**values: float) -> None:
     for name, value in values.items():
-        if not (isinstance(value, SupportsFloat) and math.isfinite(value)):
+        if not math.isfinite(as_number(value)):
             raise ValueError(f"{name} must be a finite number, not {value!r}")
 
 
@@ -51,7 +59,7 @@ class _Ramp:
 
     def __post_init__(self) -> None:
         _require_finite(start=self.start, end=self.end)
-        if not 0.0 <= self.begin < self.finish <= 1.0:
+        if not 0.0 <= as_number(self.begin) < as_number(self.finish) <= 1.0:
             raise ValueError(
                 f"begin and finish must satisfy 0 <= begin < finish <= 1, "
                 f"not begin={self.begin!r}, finish={self.finish!r}"
@@ -169,7 +177,7 @@ def growing(growth: Growth, a_min: float, a_max: float, end: float, lr: Schedule
 
 def check_not_negative(name: str, value: float) -> float:
     """The value as given, if it is a finite number of 0 or more; ValueError otherwise."""
-    if not (isinstance(value, SupportsFloat) and math.isfinite(value) and value >= 0):
+    if not 0 <= as_number(value) < math.inf:
         raise ValueError(f"{name} must be a finite number of 0 or more, not {value!r}")
     return value
 

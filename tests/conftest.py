@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,11 @@ def unavailable(reason: str) -> None:
     if IN_CI:
         pytest.fail(f"{reason} (SWDLIB_CI is set, so this may not be skipped)")
     pytest.skip(reason)
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a record without the seconds that they took, which differ from run to run."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 # What takes longest begins first, so that no process is left with it at the end. The tests of a

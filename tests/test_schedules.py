@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -105,6 +106,8 @@ def test_piecewise_passes_through_its_points_and_is_flat_beyond() -> None:
     [
         (lambda: Constant(math.nan), "value must be a finite number, not nan"),
         (lambda: Constant("1"), "value must be a finite number, not '1'"),  # type: ignore[arg-type]
+        (lambda: Constant(10**400), "value must be a finite number, not 1000"),
+        (lambda: Cubic(0.0, 1.0, finish=torch.ones(3)), "finish=tensor"),  # type: ignore[arg-type]
         (lambda: Linear(math.inf, 1.0), "start must be a finite number, not inf"),
         (lambda: Linear(0.0, math.nan), "end must be a finite number, not nan"),
         (lambda: Linear(0.0, 1.0, begin=0.5, finish=0.5), "begin=0.5, finish=0.5"),

@@ -40,6 +40,7 @@ from swdlib.runs.config import Config
 from swdlib.runs.run import network_of, run
 from swdlib.runs.sweep import read_grid
 from swdlib.structures import weights
+from tests.conftest import without_time
 
 FAULTS = ("lost", "silent", "foreign", "leaked")
 SMALL = Config(epochs=6, width=4, batch_size=32)
@@ -105,8 +106,7 @@ def outcome(folder: Path) -> Any:
     """What a run left: its record without dates and seconds, and the bytes of its network."""
     path = records.path_of(SMALL.settings(), folder)
     record = records.load(path)
-    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in record.rows]
-    return record.config, rows, network_of(path).read_bytes()
+    return record.config, without_time(record.rows), network_of(path).read_bytes()
 
 
 # Flipped bits
@@ -145,10 +145,15 @@ def reader(path: Path, content: Callable[[], Any]) -> Reader:
 
 def record_file(folder: Path) -> Reader:
     """The record of a run."""
+    path = made(folder)
+    return reader(path, lambda: records.load(path))
+
+
+def made(folder: Path) -> Path:
+    """The record of a small run that is made in the folder."""
     config = Config(epochs=1, width=2)
     run(config, folder, progress=False)
-    path = records.path_of(config.settings(), folder)
-    return reader(path, lambda: records.load(path))
+    return records.path_of(config.settings(), folder)
 
 
 def checkpoint_file(folder: Path) -> Reader:
@@ -243,13 +248,14 @@ def settings(number: int, random: random.Random) -> Counter[str]:
 def arguments(number: int, random: random.Random) -> Counter[str]:
     """Give the public constructors and functions made-up arguments."""
     counts: Counter[str] = Counter()
+    common = {"model": nn.Linear(4, 3), "sparsity": 0.5, "steps": 10}
     calls: list[tuple[Callable[..., Any], dict[str, Any]]] = [
-        (SelectiveWeightDecay, {"model": nn.Linear(4, 3), "sparsity": 0.5, "steps": 10}),
-        (SelectiveWeightDecay, {"model": nn.Linear(4, 3), "sparsity": 0.5, "weight_decay": 1e-4}),
-        (SelectiveWeightDecay, {"model": nn.Linear(4, 3), "sparsity": 0.5, "update": "gradient"}),
+        (SelectiveWeightDecay, {**common, "weight_decay": 1e-4}),
+        (SelectiveWeightDecay, {**common, "every": 2}),
+        (SelectiveWeightDecay, {**common, "update": "gradient"}),
         (schedules.Exponential, {"start": 0.1, "end": 1e5}),
         (schedules.Constant, {"value": 0.5}),
-        (schedules.Cubic, {"end": 0.5}),
+        (schedules.Cubic, {"start": 0.0, "end": 0.5, "begin": 0.2, "finish": 0.7}),
         (select, {"groups": weights(nn.Linear(4, 3)), "sparsity": 0.5}),
     ]
     for _ in range(number):
@@ -264,9 +270,7 @@ def texts(number: int, random: random.Random) -> Counter[str]:
     counts: Counter[str] = Counter()
     with TemporaryDirectory() as folder:
         grid = 'profile = "smoke"\n[[grid]]\nseed = [0, 1]\nsparsity = [0.5, 0.9]\n'
-        config = Config(epochs=1, width=2)
-        run(config, folder, progress=False)
-        record = records.path_of(config.settings(), Path(folder))
+        record = made(Path(folder))
         whole = record.read_text("utf-8")
         for _ in range(number):
             if random.random() < 0.5:

@@ -28,6 +28,7 @@ from swdlib.runs.config import Config
 from swdlib.runs.run import Busy, is_locked, lock, lock_of, run
 from swdlib.runs.training import train
 from swdlib.structures import STRUCTURES
+from tests.conftest import without_time
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK: dict[str, Any] = {"epochs": 2, "finetune_epochs": 1, "width": 4}
@@ -199,10 +200,6 @@ def test_held_out_images_take_the_place_of_the_test_images(tmp_path: Path) -> No
     record = run(Config(holdout=0.1, **QUICK), tmp_path, progress=False)
     counts = record.provenance["dataset"]
     assert (counts["train_images"], counts["test_images"]) == (1293, 144)
-
-
-def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 KILLED = """

@@ -23,6 +23,7 @@ from swdlib.runs.run import is_locked, lock_of, run
 from swdlib.runs.sweep import Outcome, sweep
 from swdlib.runs.workers import Workers, flags, local, on_ray
 from swdlib.structures import STRUCTURES
+from tests.conftest import without_time
 
 QUICK: dict[str, Any] = {"epochs": 1, "width": 4}
 LONG = Config(epochs=30, width=4)  # long enough for several checkpoints
@@ -91,10 +92,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_run(found: Path, expected: Path) -> None:
     one, other = (records.path_of(LONG.settings(), folder) for folder in (found, expected))
-    rows = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in records.load(path).rows]
-        for path in (one, other)
-    ]
+    rows = [without_time(records.load(path).rows) for path in (one, other)]
     assert rows[0] == rows[1]
     networks = [path.with_suffix(".safetensors.zlib").read_bytes() for path in (one, other)]
     assert networks[0] == networks[1]
