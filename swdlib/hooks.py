@@ -297,9 +297,13 @@ def hold_state(optimizer: Any, model: nn.Module, masks: Masks) -> None:
                 tensor.masked_fill_(~mask.to(tensor.device), 0.0)
 
 
+def _stepped_by(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def owned_by(*optimizers: Optimizer) -> set[int]:
     """The id() of each parameter that the optimizers step, whatever group it is in."""
-    return {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    return {id(parameter) for one in optimizers for parameter in _stepped_by(one)}
 
 
 def require_hookable(optimizer: Optimizer, update: str) -> None:
@@ -315,7 +319,7 @@ def require_hookable(optimizer: Optimizer, update: str) -> None:
             f"{name} takes sparse gradients only and the penalty's is dense: use "
             "update='proximal', or another optimizer"
         )
-    if any(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"]):
+    if any(hasattr(parameter, "full_tensor") for parameter in _stepped_by(optimizer)):
         raise TypeError(
             f"the parameters of the {name} are sharded (DTensor), so that no process can rank all "
             "weights: train with DistributedDataParallel, not with FSDP or tensor parallelism"

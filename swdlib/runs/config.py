@@ -271,12 +271,12 @@ class Config:
 
     def _rank_as_published(self) -> None:
         """The publication ranks units by scale, never by the magnitude of their weights."""
-        by_default = not self.criterion and all(c.criterion is magnitude for c in self._cuts())
-        if self.profile == "paper" and self.structure in WITH_SCALES and by_default:
+        scales = self.profile == "paper" and self.structure in WITH_SCALES and not self.criterion
+        if scales and all(cut.criterion is magnitude for cut in self._cuts()):
             object.__setattr__(self, "criterion", "batch_norm_scale")
 
     def _check_recipe(self) -> None:
-        """Refuse what does not go together; the recipe has checked its own settings."""
+        """Let the recipe check its settings, and refuse what does not go together."""
         if self.normalisation == "published" and self.dataset not in STD:
             raise ValueError(f"normalisation must be 'measured' for dataset {self.dataset!r}")
         if self.structure in published.STRUCTURES and not self.model.startswith("tessier"):
