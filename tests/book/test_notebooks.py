@@ -223,7 +223,7 @@ def test_page_and_its_solutions_run_with_other_parameters(
 @pytest.mark.parametrize("name", sorted(APART))
 def test_solutions_run_at_the_end_of_their_page(name: str, tmp_path: Path) -> None:
     told = solutions(name)
-    found = rerun(name, tmp_path, told, epochs=4)
+    found = rerun(name, tmp_path, told, **{"epochs": 4} if "epochs" in types_of(name) else {})
     assert told and [cell.source for cell in found[-len(told) :]] == told
 
 
