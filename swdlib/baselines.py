@@ -53,6 +53,60 @@ class GradualPruning(hooks.SelectingMethod):
             apply_(self.model, self.masks)
 
 
+class DenseFeedback(hooks.SelectingMethod):
+    """Trains dense weights with the gradients of the pruned network (Lin et al. 2020).
+
+    Between steps the model holds the pruned weights, so that loss and gradients are theirs. Each
+    step is applied to the dense weights, and after every `every` steps, and after the last, the
+    mask is chosen from them: what was pruned may return (arXiv 2006.07253).
+
+    The arguments that choose what is removed, and when, are those of `swd.SelectiveWeightDecay`.
+    """
+
+    def __init__(self, model: nn.Module, *, every: int = 16, **arguments: Any) -> None:
+        super().__init__(model, every=every, **arguments)
+        self.dense: dict[str, Tensor] = {}  # what the next step starts from; empty before the first
+
+    def selected(self) -> list[Tensor]:
+        """The units that the masks remove; none before the first choice."""
+        return self.units
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        return hooks.after_backward(args, kwargs, self._restore, self.remedy)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for name, weights in self.dense.items():
+            self.parameters[name].copy_(weights)
+        self.dense = {}  # where several optimizers step in turn, the first restores
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer) -> None:
+        if optimizer is not self._optimizers[-1]:
+            return
+        self.step += 1
+        if self.step % self.every == 0 or self.step == self.steps:
+            self.units = self._select_units()
+            gone = removed_weights(self.groups, self.units)
+            self.masks = {name: ~weights for name, weights in gone.items()}
+        self.dense = {name: p.detach().clone() for name, p in self.parameters.items()}
+        apply_(self.model, self.masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the dense weights too."""
+        return {**super().state_dict(), "dense": dict(self.dense)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; ValueError if it does not fit this method or model."""
+        dense = state.get("dense", {})
+        super().load_state_dict({name: held for name, held in state.items() if name != "dense"})
+        wanted = {name: p.shape for name, p in self.parameters.items()}
+        if dense and {name: weights.shape for name, weights in dense.items()} != wanted:
+            raise ValueError(f"dense weights must be of {sorted(wanted)}, in their shapes")
+        device = {name: p.device for name, p in self.parameters.items()}
+        self.dense = {name: w.to(device[name], copy=True) for name, w in dense.items()}
+
+
 def _own_weights(group: Group) -> Group:
     if not isinstance(group, Coupled):
         return group

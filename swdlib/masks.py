@@ -56,6 +56,30 @@ def erk(groups: Sequence[Group], scores: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def lamp(groups: Sequence[Group], scores: Sequence[Tensor]) -> list[Tensor]:
+    """The square of a score, divided by the sum of squares of those in its group that are no lower.
+
+    So the last units of a layer outrank all others, and no layer is emptied. Scores must be 0 or
+    more, as magnitudes are; ValueError otherwise (Lee et al. 2021, arXiv 2010.07611).
+    """
+    return [_share_of_survivors(g.name, s) for g, s in zip(groups, scores, strict=True)]
+
+
+def _share_of_survivors(name: str, scores: Tensor) -> Tensor:
+    if not bool((scores >= 0).all()):
+        raise ValueError(
+            f"allocation lamp compares squares of scores, which must be 0 or more, and in {name} "
+            f"the lowest is {float(scores.min()):g}: use a criterion such as magnitude"
+        )
+    order = scores.argsort(stable=True)
+    squares = scores.double()[order].square()
+    survivors = squares.flip(0).cumsum(0).flip(0)
+    # Without a square above 0 nothing in the group matters, and all of it may go first.
+    shares = torch.empty_like(squares)
+    shares[order] = (squares / survivors).nan_to_num(0.0)
+    return shares
+
+
 def _quantile(scores: Tensor) -> Tensor:
     """The share of the group's units that rank lower, in (0, 1)."""
     quantiles = torch.empty_like(scores, dtype=torch.float64)
@@ -64,7 +88,9 @@ def _quantile(scores: Tensor) -> Tensor:
     return quantiles
 
 
-ALLOCATIONS: dict[str, Allocation] = {"global": together, "uniform": uniform, "erk": erk}
+ALLOCATIONS: dict[str, Allocation] = {
+    **{"global": together, "uniform": uniform, "erk": erk, "lamp": lamp}
+}
 
 
 # From a model to masks ----------------------------------------------------------------------------

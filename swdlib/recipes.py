@@ -12,11 +12,21 @@ from typing import Any
 
 from torch import nn
 
-from swdlib.baselines import BatchNormL1, GradualPruning
+from swdlib.baselines import BatchNormL1, DenseFeedback, GradualPruning
 from swdlib.criteria import Criterion, Random, batch_norm_scale, magnitude
 from swdlib.hooks import Method
 from swdlib.masks import Allocation, check_sparsity, together
-from swdlib.schedules import Constant, Cubic, Exponential, Growth, Schedule, check_count, growing
+from swdlib.schedules import (
+    Alternating,
+    Constant,
+    Cubic,
+    Exponential,
+    Growth,
+    Linear,
+    Schedule,
+    check_count,
+    growing,
+)
 from swdlib.structures import Structure
 from swdlib.swd import SelectiveWeightDecay, Update
 
@@ -43,13 +53,17 @@ class Train:
 
 @dataclass(frozen=True)
 class Prune:
-    """Cut to `sparsity`; what is cut stays zero in all later phases, if it is `held`."""
+    """Cut to `sparsity`; what is cut stays zero in all later phases, if it is `held`.
+
+    With `rewind`, everything that stays returns to where it was before the first phase.
+    """
 
     sparsity: float
     structure: Structure
     criterion: Criterion = magnitude
     allocation: Allocation = together
     held: bool = True
+    rewind: bool = False
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -215,6 +229,23 @@ def renda2020(
     return [replace(phase, lr=lr) if isinstance(phase, Train) else phase for phase in phases]
 
 
+def frankle2019(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    finetune_epochs: int,
+    iterations: int = 1,
+) -> list[Phase]:
+    """A lottery ticket: `renda2020`, but after each cut the weights start again where they began.
+
+    Source: Frankle & Carbin 2019, arXiv 1803.03635. They train in full after each cut; here the
+    schedule is replayed over the cut's share of `finetune_epochs`.
+    """
+    phases = renda2020(epochs, lr, sparsity, structure, finetune_epochs, iterations)
+    return [replace(phase, rewind=True) if isinstance(phase, Prune) else phase for phase in phases]
+
+
 def zhu2017(
     epochs: int,
     lr: Schedule,
@@ -233,6 +264,88 @@ def zhu2017(
     target = _rising(sparsity, ramp_begin, ramp_end)
     penalty = partial(GradualPruning, sparsity=target, structure=structure, every=every)
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def lin2020(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    ramp_begin: float = 0.0,
+    ramp_end: float = 0.5,
+    every: int = 16,
+) -> list[Phase]:
+    """Dynamic pruning with feedback: the pruned network's gradients train dense weights.
+
+    The sparsity rises as in `zhu2017`, over the first half of training, and masks are chosen again
+    every 16 steps (Lin et al. 2020, arXiv 2006.07253). The cut at the end changes nothing.
+    """
+    target = _rising(sparsity, ramp_begin, ramp_end)
+    penalty = partial(DenseFeedback, sparsity=target, structure=structure, every=every)
+    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def peste2021(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> list[Phase]:
+    """AC/DC: the network is pruned and dense in turns (Peste et al. 2021, arXiv 2106.12379).
+
+    It is dense for the first tenth of training, then pruned and dense in turns of a twentieth, and
+    pruned from 0.85 on: the shares of the published 100 epochs on ImageNet.
+    """
+    target = Alternating(check_sparsity(sparsity), 0.05, 0.1, 0.85)
+
+    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> GradualPruning:
+        often = max(1, steps // 100)  # within a turn, the same weights are the lowest
+        return GradualPruning(
+            model, sparsity=target, steps=steps, every=often, structure=structure, **ranking
+        )
+
+    return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def wang2021(
+    epochs: int,
+    lr: Schedule,
+    sparsity: float,
+    structure: Structure,
+    finetune_epochs: int,
+    weight_decay: float = 5e-4,
+    a_max: float = 2000.0,
+    update: Update = "gradient",
+) -> list[Phase]:
+    """GReg-1: a decay that grows on weights chosen once, a cut, fine-tuning (Wang et al. 2021).
+
+    Half of the epochs before the cut train the network. At their end the lowest weights are chosen
+    for good, and over the other half their decay grows linearly to `a_max * weight_decay`, which by
+    default is the published 1 (arXiv 2012.09243, algorithm 1). The schedule `lr` is played in each
+    half; fine-tuning is at the last rate. Here SWD differs in choosing at every step.
+    """
+    _check_finetuning(epochs, finetune_epochs)
+    before = epochs - finetune_epochs
+    if before < 2:
+        raise ValueError(
+            f"epochs must be at least finetune_epochs + 2, an epoch before the choice and one "
+            f"after it, not {epochs} with finetune_epochs {finetune_epochs}"
+        )
+
+    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> SelectiveWeightDecay:
+        return SelectiveWeightDecay(
+            model,
+            sparsity=sparsity,
+            steps=steps,
+            every=steps,
+            structure=structure,
+            strength=Linear(0.0, a_max),
+            weight_decay=weight_decay,
+            update=update,
+            **ranking,
+        )
+
+    return [
+        Train(before - before // 2, lr),
+        Train(before // 2, lr, penalty),
+        Prune(sparsity, structure),
+        Train(finetune_epochs, Constant(lr(1.0))),
+    ]
 
 
 def liu2017(
@@ -357,6 +470,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
         *(dense, swd, swd_constant, swd_rising, swd_every, swd_finetune),
-        *(one_shot, random_pruning, han2015, renda2020, zhu2017, liu2017, soft),
+        *(one_shot, random_pruning, han2015, renda2020, frankle2019, zhu2017, lin2020),
+        *(peste2021, wang2021, liu2017, soft),
     )
 }

@@ -159,6 +159,32 @@ class Piecewise:
         return self.points[-1][1]
 
 
+@dataclass(frozen=True)
+class Alternating:
+    """`value` and 0 in turns of length `turn`, from `begin`; `value` alone from `finish` on."""
+
+    value: float
+    turn: float
+    begin: float
+    finish: float
+
+    def __post_init__(self) -> None:
+        _require_finite(value=self.value)
+        if not 0.0 < as_number(self.turn) <= 1.0:
+            raise ValueError(f"turn must be in (0, 1], not {self.turn!r}")
+        if not 0.0 <= as_number(self.begin) <= as_number(self.finish) <= 1.0:
+            raise ValueError(
+                f"begin and finish must satisfy 0 <= begin <= finish <= 1, "
+                f"not begin={self.begin!r}, finish={self.finish!r}"
+            )
+
+    def __call__(self, progress: float) -> float:
+        if progress < self.begin:
+            return 0.0
+        turns = math.floor((progress - self.begin) / self.turn + 1e-9)  # 0.1 + 0.2 is above 0.3
+        return self.value if progress >= self.finish or turns % 2 == 0 else 0.0
+
+
 def growing(growth: Growth, a_min: float, a_max: float, end: float, lr: Schedule) -> Schedule:
     """The strength of SWD, from `a_min` at the start to `a_max` at the share `end` of training.
 

@@ -10,6 +10,7 @@ from swdlib.masks import (
     ALLOCATIONS,
     Allocation,
     erk,
+    lamp,
     prunable,
     select,
     sparsity_of,
@@ -44,6 +45,26 @@ def test_erk_by_hand() -> None:
     # At 0.4 the first would have to be 1.0 dense; beyond, it stays whole and the second fills up.
     assert kept([first, second], 0.4, "erk") == {"first": 100, "second": 200}
     assert kept([first, second], 0.2, "erk") == {"first": 100, "second": 300}
+
+
+def test_lamp_by_hand() -> None:
+    # 1 / (1 + 4 + 4), 4 / (4 + 4) and 4 / 4; in the other layer 1e-4 / (1e-4 + 9e-4) and 1.
+    first = group("first", torch.tensor([[2.0, -1.0, 2.0]]))
+    second = group("second", torch.tensor([[0.01, 0.03]]))
+    found = lamp([first, second], [g.parameter.detach().abs().flatten() for g in (first, second)])
+    assert found[0].tolist() == pytest.approx([1 / 2, 1 / 9, 1])
+    assert found[1].tolist() == pytest.approx([0.1, 1])
+    masks = select([first, second], 0.4, allocation=lamp)
+    assert masks["first"].tolist() == [[True, False, True]]
+    assert masks["second"].tolist() == [[False, True]]
+    nothing = lamp([first], [torch.zeros(3)])
+    assert nothing[0].tolist() == [0, 0, 0]
+
+
+def test_lamp_refuses_scores_below_zero() -> None:
+    one = group("one", torch.tensor([[1.0, 2.0]]))
+    with pytest.raises(ValueError, match=r"lamp .* must be 0 or more, and in one the lowest is -2"):
+        select([one], 0.5, lambda parameter: -parameter.detach(), lamp)
 
 
 @given(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW
 
-from swdlib.baselines import BatchNormL1, GradualPruning
+from swdlib.baselines import BatchNormL1, DenseFeedback, GradualPruning
 from swdlib.criteria import Random
+from swdlib.hooks import SelectingMethod
 from swdlib.masks import select, sparsity_of
 from swdlib.schedules import Cubic, Linear
 from swdlib.structures import filters, kernels, weights
@@ -52,7 +53,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, seed: int = 0) -> None:
         optimizer.step()
 
 
-def after_each_step(pruner: GradualPruning, gradient: list[float]) -> list[list[float]]:
+def after_each_step(pruner: SelectingMethod, gradient: list[float]) -> list[list[float]]:
     """The four weights after each of four steps of plain SGD at a constant gradient."""
     optimizer = SGD(pruner.model.parameters(), lr=1.0)
     pruner.attach(optimizer)
@@ -63,6 +64,57 @@ def after_each_step(pruner: GradualPruning, gradient: list[float]) -> list[list[
         optimizer.step()
         found.append(parameter[0].tolist())
     return found
+
+
+def test_dense_feedback_by_hand() -> None:
+    # The dense weights are 5 5 3 4, 9 8 3 4 and so on; the two lowest are masked between steps.
+    pruner = DenseFeedback(four_weights(), sparsity=0.5, steps=4, every=1)
+    assert after_each_step(pruner, [-4.0, -3.0, 0.0, 0.0]) == [
+        [5, 5, 0, 0],
+        [9, 8, 0, 0],
+        [13, 11, 0, 0],
+        [17, 14, 0, 0],
+    ]
+    assert pruner.dense["weight"].tolist() == [[17, 14, 3, 4]]
+    assert pruner.masks["weight"].tolist() == [[True, True, False, False]]
+
+
+def test_dense_feedback_holds_its_masks_between_choices() -> None:
+    pruner = DenseFeedback(four_weights(), sparsity=0.5, steps=4, every=2)
+    assert after_each_step(pruner, [-4.0, -3.0, 0.0, 0.0]) == [
+        [5, 5, 3, 4],
+        [9, 8, 0, 0],
+        [13, 11, 0, 0],
+        [17, 14, 0, 0],
+    ]
+
+
+def test_gradients_of_dense_feedback_are_those_of_the_pruned_network() -> None:
+    model = four_weights()
+    pruner = DenseFeedback(model, sparsity=0.5, steps=2, every=1)
+    optimizer = SGD(model.parameters(), lr=0.25)
+    pruner.attach(optimizer)
+
+    def step() -> None:
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            found = model(torch.ones(1, 4)).square().sum()
+            found.backward()
+            return found
+
+        optimizer.step(loss)
+
+    step()  # the output is 10, each gradient 20: the dense weights become -4 -3 -2 -1
+    assert model.weight.tolist() == [[-4, -3, 0, 0]]
+    step()  # the output is -7, each gradient -14
+    assert pruner.dense["weight"].tolist() == [[-0.5, 0.5, 1.5, 2.5]]
+
+
+def test_state_of_dense_feedback_with_other_weights_is_refused() -> None:
+    pruner = DenseFeedback(four_weights(), sparsity=0.5, steps=4)
+    state = {**pruner.state_dict(), "dense": {"weight": torch.zeros(2, 2)}}
+    with pytest.raises(ValueError, match=r"dense weights must be of \['weight'\]"):
+        pruner.load_state_dict(state)
 
 
 def test_gradual_pruning_by_hand() -> None:

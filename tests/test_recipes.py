@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
-from swdlib.baselines import BatchNormL1, GradualPruning
+from swdlib.baselines import BatchNormL1, DenseFeedback, GradualPruning
 from swdlib.criteria import Random, batch_norm_scale
 from swdlib.data.images import Dataset, Split
 from swdlib.data.load import load_data
@@ -30,9 +30,12 @@ from swdlib.recipes import (
     Recipe,
     Train,
     dense,
+    frankle2019,
     han2015,
+    lin2020,
     liu2017,
     one_shot,
+    peste2021,
     random_pruning,
     renda2020,
     soft,
@@ -41,6 +44,7 @@ from swdlib.recipes import (
     swd_every,
     swd_finetune,
     swd_rising,
+    wang2021,
     zhu2017,
 )
 from swdlib.runs.training import train
@@ -343,6 +347,53 @@ def test_each_recipe_trains_on_digits_and_resumes_bit_for_bit(recipe: str, tmp_p
         assert rows[-1]["weights"]["zeros"] == round(0.6 * total)
     else:
         assert 0.6 <= rows[-1]["sparsity"] < 0.7
+
+
+def test_a_lottery_ticket_starts_again_from_its_first_weights() -> None:
+    model = build_model("resnet20", channels=1, size=8, classes=10, width=4)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, digits(), [Train(1, LR), Prune(0.5, weights, rewind=True)], **QUIET)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, torch.where(value == 0, 0, start[name])), name
+    assert sparsity_of({n: p != 0 for n, p in model.named_parameters() if p.ndim > 1}) > 0.49
+    phases = phases_of(frankle2019)
+    assert phases[0::2] == phases_of(renda2020)[0::2]
+    assert all(isinstance(cut, Prune) and cut.rewind for cut in phases[1::2])
+
+
+def test_lin2020_by_hand() -> None:
+    train, prune = phases_of(lin2020, every=5)
+    assert isinstance(train, Train) and train.penalty and prune == Prune(0.9, weights)
+    penalty = train.penalty(nn.Linear(4, 5), steps=30)
+    assert isinstance(penalty, DenseFeedback) and penalty.every == 5 and penalty.sparsity == 0
+    penalty.step = 15
+    assert penalty.sparsity == 0.9
+
+
+def test_peste2021_is_pruned_and_dense_in_turns() -> None:
+    settings = {"epochs": 20, "sparsity": 0.6}
+    rows = train(network(0), digits(), phases_of(peste2021, **settings), **QUIET)
+    found = [round(row["sparsity"], 2) for row in rows]
+    # An epoch is a turn, the last step of which begins the next one; 0.85 of the epochs are 17.
+    assert found == [0, *[0.6, 0] * 7, *[0.6] * 6]
+
+
+def test_wang2021_chooses_once_and_lets_the_decay_grow_linearly() -> None:
+    first, second, prune, tune = phases_of(wang2021, weight_decay=0.1)
+    assert isinstance(second, Train) and second.penalty
+    assert (first, second.epochs) == (Train(3, LR), 3)
+    assert (prune, tune) == (Prune(0.9, weights), Train(4, Constant(LR(1.0))))
+    model = nn.Linear(4, 5)
+    penalty = second.penalty(model, steps=30)
+    assert isinstance(penalty, SelectiveWeightDecay)
+    [before] = [chosen.clone() for chosen in penalty.selected()]
+    with torch.no_grad():
+        model.weight.copy_(torch.rand(5, 4))
+    penalty.step = 15
+    assert torch.equal(penalty.selected()[0], before)
+    assert penalty.strength == 1000
+    with pytest.raises(ValueError, match=r"at least finetune_epochs \+ 2.*not 10 with .* 9"):
+        phases_of(wang2021, finetune_epochs=9)
 
 
 @pytest.mark.parametrize("recipe", ["zhu2017", "soft"])

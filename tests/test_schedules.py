@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import swdlib
 from swdlib.schedules import (
+    Alternating,
     Constant,
     Cosine,
     Cubic,
@@ -45,10 +46,28 @@ progresses = st.floats(0.0, 1.0)
         (Steps(0.1, 0.1, (1 / 3, 2 / 3)), 0.5, 0.01),
         (Piecewise(((0.0, 1.0), (0.2, 5.0), (1.0, 3.0))), 0.1, 3.0),
         (Piecewise(((0.0, 1.0), (0.2, 5.0), (1.0, 3.0))), 0.6, 4.0),
+        (Alternating(0.9, 0.1, begin=0.2, finish=0.7), 0.19, 0.0),
+        (Alternating(0.9, 0.1, begin=0.2, finish=0.7), 0.2, 0.9),
+        (Alternating(0.9, 0.1, begin=0.2, finish=0.7), 0.1 + 0.2, 0.0),
+        (Alternating(0.9, 0.1, begin=0.2, finish=0.7), 0.69, 0.9),
+        (Alternating(0.9, 0.1, begin=0.2, finish=0.7), 0.75, 0.9),
     ],
 )
 def test_values_by_hand(schedule: Schedule, progress: float, value: float) -> None:
     assert schedule(progress) == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((math.nan, 0.1, 0.2, 0.7), "value must be a finite number"),
+        ((0.9, 0.0, 0.2, 0.7), r"turn must be in \(0, 1\], not 0.0"),
+        ((0.9, 0.1, 0.8, 0.7), "0 <= begin <= finish <= 1, not begin=0.8"),
+    ],
+)
+def test_turns_out_of_range_are_refused(arguments: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Alternating(*arguments)
 
 
 @ramps

@@ -4,6 +4,7 @@ The loop knows phases, penalties and masks, never the name of a method. It runs 
 accelerate: on a CPU, a GPU, or several processes, each of which works on its share of every batch.
 """
 
+import copy
 import math
 import re
 import sys
@@ -157,6 +158,7 @@ class _Loop:
         self.at = _Position()
         self.rows: list[Row] = []
         self.masks: Masks = {}
+        self.start: dict[str, Tensor] = {}  # the network before the first phase, to rewind to
         self.totals = torch.zeros(2, device=self.device)  # loss, correct: summed over the epoch
         self.optimizer: Any = None
         self.penalty: Method | None = None
@@ -165,6 +167,8 @@ class _Loop:
         self.model.to(self.device)
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        if any(isinstance(phase, Prune) and phase.rewind for phase in self.phases):
+            self.start = copy.deepcopy(self.model.state_dict())
         self._resume()
         for phase in self.phases[self.at.phase :]:
             if isinstance(phase, Prune):  # a sparsity out of reach is refused before hours of work
@@ -203,10 +207,12 @@ class _Loop:
     def _cut(self, phase: Prune) -> None:
         groups = find_groups(self.model, phase.structure)
         masks = select(groups, phase.sparsity, phase.criterion, phase.allocation)
-        apply_(self.model, masks)
+        if phase.rewind:
+            self.model.load_state_dict(self.start)
         if phase.held:
             # Another structure or a lower sparsity must not revive what an earlier cut removed.
             self.masks |= {n: m & self.masks[n] if n in self.masks else m for n, m in masks.items()}
+        apply_(self.model, masks | self.masks)
         self._add_row("prune", {"emptied": len(emptied(self.masks))})
 
     def _train(self, phase: Train) -> None:
@@ -326,6 +332,7 @@ class _Loop:
             "totals": totals.cpu(),
             "model": self.model.state_dict(),
             "masks": self.masks,
+            "start": self.start,
             "optimizer": self.optimizer.state_dict(),
             "penalty": self.penalty.state_dict() if self.penalty else None,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -354,6 +361,7 @@ class _Loop:
         self.at = _Position(**self.saved["position"])
         self.rows = self.saved["rows"]
         self.model.load_state_dict(self.saved["model"])
+        self.start = self.saved["start"]
         self.masks = {name: mask.to(self.device) for name, mask in self.saved["masks"].items()}
         if self.share["rank"] == 0:
             self.totals += self.saved["totals"].to(self.device)
@@ -378,7 +386,7 @@ def _in_words(setting: Any) -> str:
         return f"{setting.epochs} epochs at {_in_words(setting.lr)}{penalty}{kept}"
     if isinstance(setting, Prune):
         by = _in_words(setting.criterion), _in_words(setting.allocation)
-        once = "" if setting.held else ", once"
+        once = ("" if setting.held else ", once") + (", rewound" if setting.rewind else "")
         cut = f"cut {setting.sparsity:g} of {_in_words(setting.structure)}"
         return f"{cut} by {', '.join(by)}{once}"
     if isinstance(setting, partial):
