@@ -191,6 +191,18 @@ def test_network_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         cli.main(["export", run, "--onnx", str(onnx), *place])
 
 
+def test_exported_network_of_the_published_structure_is_as_small_as_its_record_says(
+    tmp_path: Path,
+) -> None:
+    network = ["--model", "tessier_resnet20", "--width", "4", "--structure", "tessier_scales"]
+    place = ["--records", str(tmp_path)]
+    cli.main(["run", *QUICK, *network, "--criterion", "batch_norm_scale", *place])
+    [record] = tmp_path.rglob("*.json")
+    cli.main(["export", str(record), "--onnx", str(tmp_path / "a.onnx")])
+    stored = sum(np.prod(w.dims) for w in load_onnx(tmp_path / "a.onnx").graph.initializer)
+    assert stored < 1.05 * records.load(record).final["parameters"]  # and constants of the graph
+
+
 def test_export_asks_for_one_run(several: Path) -> None:
     with pytest.raises(SystemExit, match="not 'xyz', with which 0 begin"):
         cli.main(["export", "xyz", "--dense", "a", "--records", str(several)])

@@ -14,7 +14,6 @@ from torch import nn
 
 from swdlib import published
 from swdlib.data.load import SHAPES, AnyDataset, load_data
-from swdlib.deploy.shrinking import shrink
 from swdlib.deploy.stored import load_sparse, tensors_of_state, to_onnx
 from swdlib.files import write_whole
 from swdlib.metrics import evaluate, parameters
@@ -22,7 +21,7 @@ from swdlib.models import build_model
 from swdlib.runs import records
 from swdlib.runs.config import Config
 from swdlib.runs.records import Record, digest
-from swdlib.runs.run import SHRINKABLE, git, network_of
+from swdlib.runs.run import SHRINKABLE, git, network_of, shrunk
 from swdlib.structures import is_prunable
 
 if sys.version_info >= (3, 11):
@@ -136,8 +135,7 @@ def export(path: Path, *, onnx: str | None, dense: str | None, sparse: str | Non
         channels, size, *_ = IMAGES[config["dataset"]]
         example = torch.randn(2, channels, size, size)
         if config["structure"] in SHRINKABLE:
-            kept = {name: p.detach() != 0 for name, p in network.named_parameters()}
-            network = shrink(network, kept, example)
+            network = shrunk(network, config["structure"], example)
         to_onnx(network, example, onnx)
 
 

@@ -22,7 +22,7 @@ from swdlib.data.load import AnyDataset, load_data
 from swdlib.deploy.shrinking import shrink
 from swdlib.deploy.stored import is_stored, save_sparse
 from swdlib.files import remove_unfinished
-from swdlib.masks import Masks, NotFinite, kept
+from swdlib.masks import NotFinite, kept
 from swdlib.metrics import count_macs, evaluate, latencies, parameters, recalibrated
 from swdlib.runs import records
 from swdlib.runs.config import Config
@@ -94,11 +94,8 @@ def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str
         example = next(data.test_batches(2))[0]
         rows = train(model, data, config.phases(example), **options)
         if config.structure in SHRINKABLE:
-            masked = copy.deepcopy(model)
-            if config.structure in published.STRUCTURES:
-                published.zero_unread_(masked)
-            masks = {name: p.detach() != 0 for name, p in masked.named_parameters()}
-            rows.append(_measure_shrunk(model, data, example, rows[-1], masks))
+            small = shrunk(model, config.structure, example)
+            rows.append(_measure_shrunk(model, small, data, example, rows[-1]))
         twin = recalibrated(model, data)
         if twin is not None:
             measured = evaluate(twin, data)
@@ -108,11 +105,19 @@ def _train(config: Config, model: nn.Module, data: AnyDataset, options: dict[str
     return Record(settings, rows, facts)
 
 
+def shrunk(model: nn.Module, structure: str, example: Tensor) -> nn.Module:
+    """A copy of a pruned network without the units of `structure` that are zero."""
+    masked = copy.deepcopy(model)
+    if structure in published.STRUCTURES:
+        published.zero_unread_(masked)
+    return shrink(masked, {name: p.detach() != 0 for name, p in masked.named_parameters()}, example)
+
+
 def _measure_shrunk(
-    model: nn.Module, data: AnyDataset, example: Tensor, last: Row, masks: Masks
+    model: nn.Module, small: nn.Module, data: AnyDataset, example: Tensor, last: Row
 ) -> Row:
     """The row of the shrunk network: measured again, and timed on one image beside the dense."""
-    small, image = shrink(model, masks, example), example[:1]
+    image = example[:1]
     with in_eval(model), in_eval(small), torch.inference_mode():
         seconds = latencies({"dense": partial(model, image), "shrunk": partial(small, image)})
     return {
