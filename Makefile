@@ -1,4 +1,5 @@
 # make book    build the book in _build/html          make test    every test
+# make pdf     print what `make book` built, as one PDF: _build/book.pdf
 # make check   format, lint, types and quick tests    make clean   remove what was built
 # make strip   remove the outputs from the notebooks  make bench   measure what selection costs
 # make lowest  quick tests with the oldest packages   make publish-check   what a release is checked for
@@ -14,13 +15,16 @@ BIN := $(VENV)/bin
 torch = $(if $(TORCH),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check bench fidelity torture notebook strip lowest publish-check clean distclean
+.PHONY: help book pdf test check bench fidelity torture notebook strip lowest publish-check clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
 
 book: $(VENV)/.book
 	$(BIN)/python book/build.py book --profile $(PROFILE)
+
+pdf: $(VENV)/.test
+	$(BIN)/python book/pdf.py
 
 # Two processes, each with whole files of tests, since the tests of a file share what takes long to make.
 # One that crashes ends the run: put in the place of another, it would wait for ever (xdist issue 1323).

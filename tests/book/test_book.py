@@ -21,12 +21,13 @@ import torch
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from playwright.sync_api import Error as BrowserError
+from pypdf import PdfReader
 from sphinx_external_toc.parsing import parse_toc_yaml
 from torch import nn
 
-from book import build, reruns
+from book import build, pdf, reruns
 from book._ext.widgets import WIDGETS as WIDGETS_OF_PAGES
 from swdlib import SelectiveWeightDecay
 from swdlib.criteria import magnitude
@@ -42,17 +43,7 @@ NOTEBOOKS = build.notebook_names(build.BOOK)
 RECORDS = reruns.committed(build.BOOK / "records")
 PAGES = [*parse_toc_yaml(build.BOOK / "_toc.yml"), "search"]
 WIDTHS = {"desktop": 1280, "phone": 390}
-CHROMIUM = Path("/usr/bin/chromium")
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-quic",
-]
 
 
 # The notebooks as they are stored
@@ -296,17 +287,11 @@ def browser() -> Iterator[Browser]:
     """Start Debian's Chromium, or else Playwright's own."""
     with sync_playwright() as playwright:
         try:
-            started = start(playwright)
+            started = pdf.start(playwright)
         except BrowserError:
             unavailable("apt-get install chromium, or run `playwright install chromium`")
         yield started
         started.close()
-
-
-def start(playwright: Playwright) -> Browser:
-    """Launch the browser that is installed."""
-    path = str(CHROMIUM) if CHROMIUM.exists() else None
-    return playwright.chromium.launch(executable_path=path, args=FLAGS)
 
 
 @dataclass
@@ -497,6 +482,29 @@ def test_axe_finds_nothing_against_its_rules(visit: Visit) -> None:
     tolerated = {rule: selector for rule, (selector, _) in TOLERATED.items()}
     options = {"rules": {"color-contrast": {"enabled": False}}}
     assert visit.page.evaluate(FINDINGS, [options, tolerated]) == []
+
+
+@pytest.mark.slow
+def test_pages_are_bound_into_one_pdf_with_an_outline_and_links(
+    html: Path, browser: Browser
+) -> None:
+    parts = pdf.parts_of(build.BOOK / "_toc.yml")
+    assert [name for names in parts.values() for name in names] == PAGES[:-1]
+    chosen = {"": ["intro"], "Learn": ["what-is-pruning", "magnitude-and-its-cliff"]}
+    book: Any = PdfReader(BytesIO(pdf.bind(browser, html, chosen)))
+    intro, part, chapters = book.outline
+    titles = [chapter.title for chapter in chapters]
+    assert part.title == "Learn" and titles[0].startswith("1. ") and titles[1].startswith("2. ")
+    starts = [book.get_destination_page_number(item) for item in (intro, *chapters)]
+    assert starts[0] == 0 and starts == sorted(set(starts))
+    for i, sheet in enumerate(book.pages):
+        assert i == 0 or sheet.extract_text().split()[-1] == str(i + 1)
+    notes = [note.get_object() for sheet in book.pages for note in sheet.get("/Annots", [])]
+    assert not [note for note in notes if "file:" in str(note.get("/A"))]
+    inside = {note["/Dest"][0] for note in notes if isinstance(note.get("/Dest"), list)}
+    assert book.pages[starts[1]].indirect_reference in inside  # from the first page
+    assert "magnitude" in "".join(sheet.extract_text() for sheet in book.pages)
+    assert "check_parameters" not in book.pages[starts[1]].extract_text()  # folded code
 
 
 # After all that look at the page as it was opened; on a phone the colours are the same.
