@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import nbformat
@@ -105,6 +106,7 @@ def build(book: Path, target: Path, profile: str = "smoke") -> Path:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     stage = target / "_build" / "stage"
     copy_sources(book, stage)
+    make_wheel(stage / reruns.WHEEL)
     # One more at a time than there are processors, as kernels that start or end mostly wait; large
     # runs have the machine to themselves. In threads, papermill would leave its event loops open.
     jobs = (os.cpu_count() or 1) + 1 if profile == "smoke" else 1
@@ -160,6 +162,19 @@ def copy_sources(book: Path, stage: Path) -> None:
     shutil.rmtree(stage, ignore_errors=True)
     shutil.copytree(book, stage, ignore=shutil.ignore_patterns(*NOT_STAGED))
     shutil.rmtree(stage / RERUN, ignore_errors=True)
+
+
+def make_wheel(target: Path) -> None:
+    """Build the library's wheel for downloaded notebooks, from a copy of what goes into it."""
+    with TemporaryDirectory() as copy:
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, copy)
+        shutil.copytree(ROOT / "swdlib", Path(copy, "swdlib"))
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+        offline = ["--no-build-isolation", "--disable-pip-version-check"]
+        subprocess.run([*command, *offline, "--wheel-dir", target.parent, copy], check=True)
+    if not target.is_file():
+        raise ValueError(f"the wheel must be called {target.name}, not as in {target.parent}")
 
 
 def notebook_names(book: Path) -> list[str]:

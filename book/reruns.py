@@ -15,6 +15,7 @@ import papermill
 import yaml
 
 from book.api import escaped
+from swdlib import __version__
 from swdlib.lab.interactive import weights_over_training
 from swdlib.runs.config import PROFILES, Config
 from swdlib.runs.records import NOT_ADDRESSED, load, path_of
@@ -28,6 +29,9 @@ PURPOSES = {
     "Measure": ": SWD beside other methods, on digits and on CIFAR-10",
     "Deploy": ": networks that are really smaller and faster, in your own code",
 }
+
+# In the staged book: the library, for a notebook that is run outside a checkout.
+WHEEL = Path("data", f"swdlib-{__version__}-py3-none-any.whl")
 
 MANY = 50  # files of one folder that are not listed one by one
 
@@ -79,7 +83,8 @@ def box(run: Run) -> str:
         f"or, from a checkout, with `{make(run)}`. Change any of its parameters with "
         "`-p NAME VALUE`:",
         parameter_table(run.parameters),
-        f"Download: {notebook_link(run)}.",
+        f"Download: {notebook_link(run)}. Without a checkout it needs the library, "
+        f"{file_link(WHEEL.as_posix())}: `pip install '{WHEEL.name}[lab]'`.",
     ]
     if run.figures:
         parts.append("The numbers behind each figure:\n\n" + figure_list(run))

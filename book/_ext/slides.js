@@ -7,7 +7,18 @@
     const root = document.documentElement;
     const find = name => document.getElementById(name);
     const EMPTY = 30; // height of the empty end of a slide above the buttons, in pixels
+    const SMALLEST = 0.6; // of the type on a slide that would be taller than the window
     let at = 0;
+
+    // On a screen a slide fits the window; with notes, or on a phone, it is scrolled.
+    const fit = () => {
+        const scrolls = root.clientWidth < 960 || root.classList.contains("with-notes");
+        slides[at].style.zoom = 1;
+        for (let zoom = 0.95; zoom >= SMALLEST && !scrolls; zoom -= 0.05) {
+            if (root.scrollHeight <= root.clientHeight) return;
+            slides[at].style.zoom = zoom;
+        }
+    };
 
     const show = number => {
         at = Math.min(Math.max(number, 0), slides.length - 1);
@@ -16,6 +27,7 @@
         find("back").disabled = at === 0;
         find("on").disabled = at === slides.length - 1;
         history.replaceState(null, "", `#${at + 1}`);
+        fit();
         window.scrollTo(0, 0);
     };
     const numberInAddress = () => (parseInt(location.hash.slice(1), 10) || 1) - 1;
@@ -31,6 +43,7 @@
     const toggleNotes = () => {
         const shown = root.classList.toggle("with-notes");
         find("notes").setAttribute("aria-pressed", shown);
+        fit();
     };
     const preference = matchMedia("(prefers-color-scheme: dark)");
     const isDark = () => root.dataset.theme
@@ -83,6 +96,8 @@
     find("notes").addEventListener("click", toggleNotes);
     find("dark").addEventListener("click", toggleDark);
     preference.addEventListener("change", showDark);
+    window.addEventListener("resize", fit);
+    window.addEventListener("load", () => window.MathJax?.startup?.promise.then(fit));
     window.addEventListener("hashchange", () => show(numberInAddress()));
     root.classList.add("one-at-a-time");
     showDark();

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from zipfile import ZipFile
 
 import axe_playwright_python
 import nbformat
@@ -1392,6 +1393,29 @@ def test_page_of_a_notebook_says_how_to_rerun_it(html: Path, name: str) -> None:
 def test_downloaded_notebook_is_the_one_that_is_stored(html: Path) -> None:
     [found] = (html / "_downloads").glob(f"*/{ASKING}.ipynb")
     assert found.read_bytes() == (build.BOOK / f"{ASKING}.ipynb").read_bytes()
+
+
+@pytest.mark.slow
+def test_downloaded_notebook_runs_with_the_wheel_beside_it(
+    html: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [notebook] = (html / "_downloads").glob("*/what-is-pruning.ipynb")
+    [wheel] = (html / "_downloads").glob(f"*/{reruns.WHEEL.name}")
+    with ZipFile(wheel) as content:
+        content.extractall(tmp_path / "library")
+    asking = nbformat.read(notebook, as_version=4)
+    asking.cells.append(code("import swdlib\nprint(swdlib.__file__)"))
+    nbformat.write(asking, tmp_path / "asking.ipynb")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "library"))
+    papermill.execute_notebook(
+        str(tmp_path / "asking.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        parameters={"epochs": 1},
+        cwd=str(tmp_path),
+        progress_bar=False,
+    )
+    last = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1]
+    assert last.outputs[0].text == f"{tmp_path}/library/swdlib/__init__.py\n"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from swdlib.lab.evidence import finals, lead
 from swdlib.lab.plots import interval
 from swdlib.runs import records
 from swdlib.runs.records import Record, load_records
@@ -240,6 +241,30 @@ def test_the_figures_of_the_readme_are_means_of_three_seeds_with_their_intervals
             assert number == (f"{mean:.2f} ± {half:.2f}" if len(runs) == 3 else ""), label
     [dense] = ends["weights", "dense", 1, "0 %", "top1"]
     assert f"Without pruning it reaches {dense:.2f} (one seed)" in (ROOT / "README.md").read_text()
+
+
+def test_what_the_readme_says_of_leads_follows_from_the_records() -> None:
+    rows = load_records(ROOT / "book" / "records" / "laptop").query(
+        "dataset == 'cifar10' and structure == 'weights' and holdout == 0 and peak_lr == 0.4"
+    )
+    recalibrated = finals(rows[rows["recipe"].isin(["swd", "swd_rising", "zhu2017"])])
+    trained = recalibrated.assign(accuracy=recalibrated["top1"])
+
+    def said(ends: Any, ours: str, theirs: str, level: float) -> Any:
+        return lead(ends, ours, theirs).loc[level]
+
+    for ends in (trained, recalibrated):
+        assert said(ends, "swd_rising", "zhu2017", 0.98)["verdict"] == "level"
+        assert said(ends, "swd_rising", "swd", 0.98)["verdict"] == "ahead"
+        assert said(ends, "zhu2017", "swd", 0.98)["verdict"] == "ahead"
+    assert said(trained, "swd_rising", "zhu2017", 0.99)["verdict"] == "ahead"
+    found = said(recalibrated, "swd_rising", "zhu2017", 0.99)
+    assert found["verdict"] == "level" and found["seeds"] == 3
+    mean, half = found["lead"], found["half of interval"]
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert "At 98 % gradual pruning and the variant are level and ahead of `swd`." in text
+    words = f"the 95 % interval of the paired difference, {mean - half:.1f} to {mean + half:.1f},"
+    assert f"At 99 % the variant is ahead as trained; recalibrated, {words} includes zero" in text
 
 
 def test_the_interval_is_that_of_students_t() -> None:
