@@ -21,7 +21,8 @@ from swdlib.lab.plots import for_both_grounds
 
 FILES = Path(__file__).parent / "_ext"
 LEFT_OUT = ("Parameters", "Check yourself", "Exercises")
-FULL = 3  # a slide is full with so many formulas, lists and tables, or with a picture
+FULL = 3  # a slide is full with so many formulas, lists and tables, or with one large output
+LONG = 8  # lines of an output that is large, as pictures are
 SENTENCE = re.compile(r"(?<=[.:?!)*])\s+(?=[A-Z*$`\[])")
 MATHJAX = '<script defer src="../_static/mathjax/tex-chtml.js"></script>'
 
@@ -34,6 +35,7 @@ class Slide:
     shown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     filled: int = 0
+    large: bool = False  # whether it shows a large output
 
 
 def write(stage: Path, target: Path) -> None:
@@ -80,7 +82,8 @@ def _add_prose(slides: list[Slide], found: list[Block]) -> None:
             _add_paragraph(slides, block.text, leads=following.kind == "block")
         elif block.kind == "box":
             html = re.sub(r"<p>Reading takes.*?</p>", "", block.html, flags=re.DOTALL)
-            slides[-1].shown += [f"<p><strong>{inline(block.text)}</strong></p>", html]
+            slide = _with_room(slides)
+            slide.shown += [f"<p><strong>{inline(block.text)}</strong></p>", html]
         elif block.kind == "block":
             slide = _with_room(slides)
             slide.shown.append(block.html)
@@ -100,11 +103,12 @@ def _add_paragraph(slides: list[Slide], text: str, leads: bool) -> None:
 
 
 def _add_output(slides: list[Slide], html: str) -> None:
-    """Add an output; a picture fills the slide."""
-    drawn = html.startswith("<img")
-    slide = _with_room(slides) if "<img" in str(slides[-1].shown) else slides[-1]
-    slide.shown.append(html)
-    slide.filled = FULL if drawn else slide.filled
+    """Add an output; of large ones a slide shows one."""
+    if slides[-1].large:
+        slides.append(Slide(slides[-1].title))
+    slides[-1].shown.append(html)
+    if html.startswith("<img") or max(html.count("<tr"), html.count("\n")) > LONG:
+        slides[-1].large, slides[-1].filled = True, FULL
 
 
 def _with_room(slides: list[Slide]) -> Slide:

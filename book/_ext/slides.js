@@ -7,16 +7,16 @@
     const root = document.documentElement;
     const find = name => document.getElementById(name);
     const EMPTY = 30; // height of the empty end of a slide above the buttons, in pixels
-    const SMALLEST = 0.6; // of the type on a slide that would be taller than the window
+    const SMALLEST = 55; // percent of the size of type, on a slide that would be taller than the window
     let at = 0;
 
     // On a screen a slide fits the window; with notes, or on a phone, it is scrolled.
     const fit = () => {
         const scrolls = root.clientWidth < 960 || root.classList.contains("with-notes");
         slides[at].style.zoom = 1;
-        for (let zoom = 0.95; zoom >= SMALLEST && !scrolls; zoom -= 0.05) {
+        for (let percent = 95; percent >= SMALLEST && !scrolls; percent -= 5) {
             if (root.scrollHeight <= root.clientHeight) return;
-            slides[at].style.zoom = zoom;
+            slides[at].style.zoom = `${percent}%`;
         }
     };
 

@@ -317,6 +317,12 @@ class Visit:
         """The page's name in _toc.yml."""
         return Path(urlsplit(self.address).path).stem
 
+    @property
+    def is_on_phone(self) -> bool:
+        """Whether the window is as wide as a phone's."""
+        size = self.page.viewport_size
+        return bool(size) and size["width"] == WIDTHS["phone"]
+
     def judge(self, address: str) -> None:
         """Note a request that leaves the disk."""
         if urlsplit(address).scheme not in ("file", "data", "blob"):
@@ -349,6 +355,7 @@ VISIBLE_TEXT = """() => {
     return article.textContent;
 }"""
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+TALLER = "document.documentElement.scrollHeight - document.documentElement.clientHeight"
 LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
 HEADINGS = """[...document.querySelectorAll(
     ":is(article, .bd-search-container) :is(h1, h2, h3, h4, h5, h6)")]"""
@@ -658,6 +665,7 @@ def test_deck_can_be_shown_and_read(html: Path, page: Page, name: str) -> None:
     for number in range(last + 1):
         assert slide_shown(page) == number
         assert page.evaluate(OVERFLOW) <= 0
+        assert visit.is_on_phone or page.evaluate(TALLER) <= 0
         page.keyboard.press("ArrowRight")
     assert slide_shown(page) == last > 4
     for image in page.locator("img").all():
