@@ -321,7 +321,7 @@ class Visit:
     def is_on_phone(self) -> bool:
         """Whether the window is as wide as a phone's."""
         size = self.page.viewport_size
-        return bool(size) and size["width"] == WIDTHS["phone"]
+        return size is not None and size["width"] == WIDTHS["phone"]
 
     def judge(self, address: str) -> None:
         """Note a request that leaves the disk."""
