@@ -50,9 +50,9 @@ PROFILES["paper"] |= {
     **{"lr_schedule": "steps", "nesterov": False},
 }
 
-# "paper" on ImageNet. Published are a ResNet-50, the epochs, the crops and a loss without label
-# smoothing. The rest is not: batch size, learning rate and weight decay are the usual ones of
-# torchvision's ResNet-50, fine-tuning is a sixth of the epochs as on CIFAR-10, and bf16 saves time.
+# "paper" on ImageNet. Published are a ResNet-50 and the crops. The rest is not: epochs, batch size,
+# learning rate and weight decay are the usual ones of torchvision's ResNet-50, fine-tuning is a
+# sixth of the epochs as on CIFAR-10, and bf16 saves time.
 PAPER_ON_IMAGENET = {
     "model": "tessier_resnet50",
     "epochs": 90,
