@@ -3,6 +3,6 @@
 # Chapters that do not have all of the others' form yet: a figure with the answer at the top, a task
 # to fill in, a page that is not too long.
 EARLIER = {
-    *("imagenet", "lagrangian-smoothing", "prune-your-own", "scale-out", "schedules"),
+    *("imagenet", "lagrangian-smoothing", "scale-out", "schedules"),
     *("what-goes-wrong", "what-matters", "what-moves"),
 }
