@@ -58,7 +58,9 @@ PAGES = {
     "prune-your-own": {
         "dense": "accuracy(dense)",
         "cut at once": "accuracy(cut_at_once(sparsity)[0])",
-        "worked solution, after the cut": "accuracy(solved)",
+        "cut, then retrain": "accuracy(rivals['cut, then retrain'])",
+        "gradual pruning": "accuracy(rivals['gradual pruning'])",
+        "worked solution": "accuracy(solved)",
     },
 }
 

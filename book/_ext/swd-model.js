@@ -75,7 +75,7 @@ const swdModel = (() => {
 
   const describe = (problem, settings, { end, removed, product, diverged }) => {
     const bound = settings.update === "gradient" ? "the bound is near 2" : "it has no bound";
-    const largest = `Largest product of rate, a and μ: ${Number(product.toPrecision(2))}; ${bound}.`;
+    const largest = `Largest decay rate: ${Number(product.toPrecision(2))}; ${bound}.`;
     if (diverged !== null) return `Diverged at step ${diverged} of ${problem.steps}. ${largest}`;
     const where = `End: w = (${end.map(three).join(", ")}), loss ${three(lossOf(problem, end))}`;
     if (removed === null) return `${where}. Nothing is selected, so there is nothing to cut.`;

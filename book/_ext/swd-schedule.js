@@ -72,9 +72,9 @@ const swdSchedule = (() => {
       ? `It first passes the bound at ${percent(above[0].progress)} of training ` +
         `and is above it in ${above.length} of ${steps} steps: there training diverges.`
       : "It stays below the bound.";
-    return `Largest product of rate, a and μ: ${digits(largest.product, 3)}, ` +
+    return `Largest decay rate: ${digits(largest.product, 3)}, ` +
       `at ${percent(largest.progress)} of training; ${limit}. ${verdict} ` +
-      `Push P over ${steps} steps: ${digits(push, 3)}.`;
+      `Total decay P over ${steps} steps: ${digits(push, 3)}.`;
   };
 
   return { strength, rate, at, bound, run, csv, describe };

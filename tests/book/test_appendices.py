@@ -32,7 +32,6 @@ from swdlib import plots
 from swdlib.cli import parser
 from swdlib.runs.config import Config
 from swdlib.runs.records import Record, address, load, path_of, save
-from tests.book import EARLIER
 from tests.book.test_book import NOTEBOOKS, SHOWN, code, stored
 
 ROOT = build.ROOT
@@ -496,8 +495,7 @@ def formulas(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_chapter_has_all_its_parts_and_a_picture_before_the_first_formula(name: str) -> None:
-    found = faults_of(nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells)
-    assert found == ["figure"] * (name in EARLIER)
+    assert faults_of(nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells) == []
 
 
 @pytest.mark.parametrize(
@@ -539,7 +537,7 @@ def with_tasks() -> list[str]:
     return [page["file"] for part in parts[:2] for page in part["chapters"]]
 
 
-@pytest.mark.parametrize("name", sorted({*with_tasks()} - EARLIER))
+@pytest.mark.parametrize("name", sorted(with_tasks()))
 def test_chapter_has_a_blank_to_fill_in_which_is_checked(name: str) -> None:
     cells = nbformat.read(build.BOOK / f"{name}.ipynb", as_version=4).cells
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")

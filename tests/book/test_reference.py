@@ -1,11 +1,13 @@
 """What the pages to look things up in say: the field, the cheat sheet, the notation."""
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
 import yaml
@@ -123,8 +125,9 @@ def test_page_has_its_parts() -> None:
 def train(
     model: nn.Module, loader: list[tuple[torch.Tensor, torch.Tensor]], optimizer: Any
 ) -> None:
-    """Train as the reader does."""
-    for _ in range(20):
+    """Train as the reader does, with a learning rate that falls."""
+    for epoch in range(20):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - epoch / 20)
         for inputs, labels in loader:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(inputs), labels).backward()
@@ -147,10 +150,51 @@ def test_lines_of_the_cheat_sheet_prune_and_deploy(
 
 def test_rising_target_of_the_cheat_sheet_is_that_of_the_recipe() -> None:
     config = Config(profile="smoke", recipe="swd_rising", sparsity=0.95)
-    text = snippets("cheat-sheet.md")[0]
-    assert f"Exponential({config.a_min:g}, 5e4)" in text and config.a_max == 5e4
+    text = (BOOK / "cheat-sheet.md").read_text("utf-8")
+    assert f"`Exponential({config.a_min:g}, 5e4)`" in text and config.a_max == 5e4
     assert (config.ramp_begin, config.ramp_end) == (0.1, 0.7)
-    assert "Cubic(0, 0.95, begin=0.1, finish=0.7)" in text
+    assert "Cubic(0, 0.95, begin=0.1, finish=0.7)" in snippets("cheat-sheet.md")[0]
+
+
+def start_by_the_rule(rate: float, steps: int) -> float:
+    """Return the starting strength of the book's rule, for a momentum of 0.9 and 5e-4."""
+    return 10.0 ** round(math.log10(30 * (1 - 0.9) / (rate * 5e-4 * steps)))
+
+
+@pytest.mark.parametrize(
+    ("page", "rate", "steps", "ends"),
+    [
+        ("prune-your-own", 0.2, 10 * 32, "Exponential(100, 1e5)"),
+        ("swd-from-scratch", 0.2, 8 * 23, "Exponential(100.0, 1e5)"),
+        ("schedules", 0.2, 10 * 18, "Exponential(100, 1e5)"),
+    ],
+)
+def test_pages_take_the_strengths_of_the_rule(
+    page: str, rate: float, steps: int, ends: str
+) -> None:
+    assert start_by_the_rule(rate, steps) == 100
+    assert ends in (BOOK / f"{page}.ipynb").read_text("utf-8")
+
+
+def test_rule_for_the_strength_is_the_same_wherever_it_stands() -> None:
+    sheet = (BOOK / "cheat-sheet.md").read_text("utf-8")
+    cells = nbformat.read(BOOK / "schedules.ipynb", as_version=4).cells
+    for text in (sheet, "\n".join(cell.source for cell in cells)):
+        assert r"a_{\min} = 30\, (1 - \beta) / (\eta\, \mu\, T)" in text
+        assert "two thirds of" in text and r"$a_{\max} = 10^5$" in text
+        assert r"| $a_{\min}$ | 100 | 10 | 1 |" in text
+    for steps, start in (
+        (100, 100),
+        (900, 100),
+        (1_000, 10),
+        (9_000, 10),
+        (10_000, 1),
+        (90_000, 1),
+    ):
+        assert start_by_the_rule(0.2, steps) == start
+    assert start_by_the_rule(0.4, 10 * 391) == Config(profile="laptop", recipe="swd_rising").a_min
+    assert "**C2** 75, rounded to 100." in (BOOK / "for-teachers.md").read_text("utf-8")
+    assert round(30 * (1 - 0.9) / (0.2 * 5e-4 * 400)) == 75
 
 
 def test_cheat_sheet_names_every_recipe_and_its_commands_are_commands() -> None:
