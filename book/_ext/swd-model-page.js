@@ -19,6 +19,13 @@
     update: { label: "update rule", choices: { gradient: "gradient, as published", proximal: "proximal" } },
   };
 
+  const TRIES = {
+    "Start at 1,000": { aMin: 1000 },
+    "End at 1,000": { aMax: 1000 },
+    "Learning rate 0.2": { rate: 0.2 },
+    "The same, proximal": { rate: 0.2, update: "proximal" },
+  };
+
   const label = ([x, y], words, right = 8, down = 4) =>
     `<text x="${x + right}" y="${y + down}">${words}</text>`;
 
@@ -55,11 +62,19 @@
       label(spot(problem.start), "start") + label(spot(problem.trained), "trained", 9, -5);
   };
 
+  // A point that takes the path in four seconds, each step in the same time.
+  const moving = (points) => {
+    const every = Math.ceil(points.length / 200);
+    const spots = points.filter((_, k) => k % every === 0).map((w) => spot(w).join());
+    return `<circle class="moving" r="6"><animateMotion dur="4s" begin="indefinite" calcMode="linear"
+      values="${spots.join(";")}"/></circle>`;
+  };
+
   const picture = (problem, { points }) => {
     const line = points.map((w) => spot(w).join()).join(" ");
     return `<svg class="area" aria-hidden="true" x="${EDGE}" width="${SIZE - EDGE}" height="${SIZE - EDGE}"
       viewBox="${EDGE} 0 ${SIZE - EDGE} ${SIZE - EDGE}">${contours(problem)}
-      <polyline points="${line}"/>${marks(problem, points)}</svg>${frame()}`;
+      <polyline points="${line}"/>${marks(problem, points)}${moving(points)}</svg>${frame()}`;
   };
 
   document.querySelectorAll(".swd-model").forEach((element) => {
@@ -69,6 +84,7 @@
       title: "The path of SWD over a loss of two weights",
       fields: FIELDS,
       start: problem,
+      tries: TRIES,
       file: "path.csv",
       link: "The weights at each step",
     };

@@ -7,13 +7,15 @@ const swdWidgets = (() => {
     Array.from({ length: to - from }, (_, k) => digits.map((d) => +`${d}e${from + k}`)).flat();
   const inNumbers = (value) => value.toLocaleString("en", { maximumSignificantDigits: 2 });
 
-  // It starts at the nearest value to the wanted one.
-  const slider = (name, { label, values }, wanted) => {
+  // The place of the value that is nearest to the wanted one.
+  const nearest = (values, wanted) => {
     const gaps = values.map((value) => Math.abs(Math.log(value / wanted)));
-    const start = gaps.indexOf(Math.min(...gaps));
-    return `<label>${label}: <b></b><input type="range" name="${name}" min="0"
-      max="${values.length - 1}" value="${start}"></label>`;
+    return gaps.indexOf(Math.min(...gaps));
   };
+
+  const slider = (name, { label, values }, wanted) =>
+    `<label>${label}: <b></b><input type="range" name="${name}" min="0"
+      max="${values.length - 1}" value="${nearest(values, wanted)}"></label>`;
 
   const menu = (name, { label, choices }, wanted) => {
     const options = Object.entries(choices).map(([key, words]) =>
@@ -22,10 +24,21 @@ const swdWidgets = (() => {
   };
 
   // With autocomplete, a browser that goes back would change the fields once the picture is drawn.
-  const controls = (fields, start) => `<form autocomplete="off">
+  const controls = (fields, start, tries) => `<form autocomplete="off">
     ${Object.entries(fields).map(([name, field]) =>
       (field.values ? slider : menu)(name, field, start[name])).join("")}
-    <button type="reset">Reset</button></form>`;
+    <div class="tries">${Object.keys(tries).map((words) =>
+      `<button type="button" class="try">${words}</button>`).join("")}
+    <button type="reset">Reset</button></div></form>`;
+
+  // Set some fields, and the others to where they started.
+  const tryOut = (fields, form, changes) => {
+    form.reset();
+    for (const [name, value] of Object.entries(changes)) {
+      const { values } = fields[name];
+      form.elements[name].value = values ? nearest(values, value) : value;
+    }
+  };
 
   const settingsOf = (fields, { elements }) => Object.fromEntries(
     Object.entries(fields).map(([name, { values }]) =>
@@ -40,17 +53,19 @@ const swdWidgets = (() => {
     }
   };
 
-  // Fill an element. A field with `values` is a slider, one with `choices` a menu. `show` returns
-  // the picture for the settings, its description and its numbers; it may change the form.
-  const mount = (element, { size, title, fields, start, file, link }, show) => {
+  // Fill an element. A field with `values` is a slider, one with `choices` a menu; each of `tries` is
+  // a button that sets some of them. `show` returns the picture for the settings, its description and
+  // its numbers; it may change the form. What moves in the picture starts when it is drawn.
+  const mount = (element, { size, title, fields, start, tries = {}, file, link }, show) => {
     element.innerHTML = `<svg viewBox="0 0 ${size.join(" ")}" role="img"></svg>
-      ${controls(fields, start)}<p role="status"></p><a download="${file}">${link} (CSV)</a>`;
+      ${controls(fields, start, tries)}<p role="status"></p><a download="${file}">${link} (CSV)</a>`;
     const [svg, form, status, download] = element.children;
     const draw = () => {
       const settings = settingsOf(fields, form);
       showValues(fields, form, settings);
       const { picture, words, csv } = show(settings, form);
       svg.innerHTML = picture;
+      svg.querySelectorAll("animateMotion").forEach((motion) => motion.beginElement());
       svg.setAttribute("aria-label", `${title}. ${words}`);
       status.textContent = words;
       download.href = `data:text/csv,${encodeURIComponent(csv)}`;
@@ -58,6 +73,10 @@ const swdWidgets = (() => {
     form.addEventListener("input", draw);
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("reset", () => setTimeout(draw)); // once the fields are back
+    form.querySelectorAll(".try").forEach((button) => button.addEventListener("click", () => {
+      tryOut(fields, form, tries[button.textContent]);
+      setTimeout(draw); // after that of the reset
+    }));
     draw();
   };
 

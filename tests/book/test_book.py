@@ -22,7 +22,7 @@ import torch
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from playwright.sync_api import Error as BrowserError
 from pypdf import PdfReader
 from sphinx_external_toc.parsing import parse_toc_yaml
@@ -1022,6 +1022,27 @@ def test_live_model_is_driven_with_a_mouse_or_a_finger(html: Path, page: Page) -
     scale = 376 / 3.25  # of the picture, in which -0.5 is at 24 and 2.75 at its end
     expected = [24 + (x + 0.5) * scale, (2.75 - y) * scale]
     np.testing.assert_allclose([float(part) for part in drawn], expected, atol=0.1)
+    assert visit.faults == []
+
+
+@pytest.mark.slow
+def test_buttons_of_the_live_model_set_its_fields(html: Path, page: Page) -> None:
+    visit = Visit(page, (html / f"{LIVE}.html").as_uri())
+    model, status = page.locator(".swd-model"), page.locator(".swd-model [role=status]")
+    assert model.locator("animateMotion").evaluate("motion => motion.getStartTime()") >= 0
+    tries: dict[str, dict[str, Any]] = {
+        "Start at 1,000": {"aMin": 1000.0},
+        "End at 1,000": {"aMax": 1000.0},
+        "The same, proximal": {"rate": 0.2, "update": "proximal"},
+    }
+    for words, changed in tries.items():
+        model.get_by_role("button", name=words).click()
+        problem = json.loads(model.get_attribute("data-problem") or "")
+        x, y = path_by_library(problem, DEFAULTS | changed)[-1]
+        expect(status).to_contain_text(f"End: w = ({x:.3f}, {y:.3f})".replace("-", "−"))
+    model.get_by_role("button", name="Learning rate 0.2").click()
+    expect(status).to_contain_text("Diverged at step")
+    assert page.get_by_label("update rule").input_value() == "gradient"
     assert visit.faults == []
 
 
