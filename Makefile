@@ -4,6 +4,7 @@
 # make strip   remove the outputs from the notebooks  make bench   measure what selection costs
 # make lowest  quick tests with the oldest packages   make publish-check   what a release is checked for
 # make fidelity   compare the published system with a literal reading of the authors' code
+# make gpu     check and time what is said of GPUs, in minutes; ARGS="--data-root data" trains too
 # make torture  kill runs, flip bits, make up input, look for leaks: minutes, with a table of counts
 # make notebook NAME=swd-on-cifar10 ARGS="-p profile laptop -p seed 1"
 # With TORCH=cpu, PyTorch comes without CUDA, from its own index: make book TORCH=cpu
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 torch = $(if $(TORCH),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf test check bench fidelity torture notebook strip lowest publish-check clean distclean
+.PHONY: help book pdf test check bench fidelity gpu torture notebook strip lowest publish-check clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -47,6 +48,9 @@ bench: $(VENV)/.book
 
 fidelity: $(VENV)/.test
 	$(BIN)/python -m tests.fidelity
+
+gpu: $(VENV)/.test
+	$(BIN)/python -m tests.gpu $(ARGS)
 
 torture: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture $(ARGS)
