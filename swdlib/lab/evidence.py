@@ -19,6 +19,25 @@ def finals(rows: "pd.DataFrame") -> "pd.DataFrame":
     return ends.assign(method=methods, accuracy=final_accuracy(ends))
 
 
+def chosen(ends: "pd.DataFrame", setting: str = "peak_lr") -> "pd.DataFrame":
+    """The protocol of tuning: the value of `setting` of the best accuracy on held-out images.
+
+    `ends` is what `finals` returns. A row a method and sparsity, with the value, the `accuracy`
+    there (the mean over seeds), the number of `tries`, and whether the value is at an `edge` of
+    those tried, beyond which a better one may lie. ValueError for runs that were measured on test
+    images, and where methods had unequal numbers of tries, which is no fair comparison.
+    """
+    if not (ends["holdout"] > 0).all():
+        raise ValueError("settings are chosen on held-out images, and some runs have holdout = 0")
+    means = ends.groupby(["method", "target_sparsity", setting])["accuracy"].mean().reset_index()
+    groups = means.groupby(["method", "target_sparsity"])
+    best = means.loc[groups["accuracy"].idxmax()].set_index(["method", "target_sparsity"])
+    best["tries"], tried = groups.size(), groups[setting].agg(["min", "max"])
+    if best["tries"].nunique() > 1:
+        raise ValueError(f"methods had unequal numbers of tries: {best['tries'].to_dict()}")
+    return best.assign(edge=best[setting].eq(tried["min"]) | best[setting].eq(tried["max"]))
+
+
 def lead(ends: "pd.DataFrame", method: str, rival: str) -> "pd.DataFrame":
     """By how many points `method` leads `rival` at each sparsity, over the seeds that both have.
 

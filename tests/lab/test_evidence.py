@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from swdlib.lab.evidence import finals, lead, verdict
+from swdlib.lab.evidence import chosen, finals, lead, verdict
 
 
 def ends(**accuracy: list[float]) -> pd.DataFrame:
@@ -57,3 +57,28 @@ def test_two_runs_of_a_seed_are_refused() -> None:
     both = pd.concat([ends(swd=[1], zhu2017=[1]), ends(swd=[2])])
     with pytest.raises(ValueError, match="one run a method, sparsity and seed, and"):
         lead(both, "swd", "zhu2017")
+
+
+def tries(**accuracy: list[float]) -> pd.DataFrame:
+    """One seed at the rates 0.1, 0.2, 0.4, ..., measured on held-out images."""
+    found = ends(**accuracy)
+    return found.assign(peak_lr=0.1 * 2 ** found["seed"], seed=0, holdout=0.1)
+
+
+def test_the_best_setting_is_chosen_and_told_if_it_is_at_the_edge() -> None:
+    found = chosen(tries(swd=[60, 65, 64], zhu2017=[60, 61, 62]))
+    assert found["peak_lr"].tolist() == [0.2, 0.4]
+    assert found["accuracy"].tolist() == [65, 62] and found["tries"].tolist() == [3, 3]
+    assert found["edge"].tolist() == [False, True]
+
+
+def test_seeds_are_averaged_before_a_setting_is_chosen() -> None:
+    other = tries(swd=[60, 50, 64]).assign(seed=1)
+    assert chosen(pd.concat([tries(swd=[60, 65, 54]), other]))["peak_lr"].tolist() == [0.1]
+
+
+def test_unequal_effort_and_test_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unequal numbers of tries: .*'swd'"):
+        chosen(tries(swd=[60, 65, 64], zhu2017=[60, 61]))
+    with pytest.raises(ValueError, match="on held-out images, and some runs have holdout = 0"):
+        chosen(tries(swd=[60, 65]).assign(holdout=[0.1, 0.0]))
