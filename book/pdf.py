@@ -82,7 +82,7 @@ def bind(browser: Browser, html: Path, parts: dict[str, list[str]]) -> bytes:
             if caption and part is None:
                 part = book.add_outline_item(title=caption, page_number=starts[name])
             book.add_outline_item(title=title, page_number=starts[name], parent=part)
-    link(book, html, starts)
+    link(book, starts)
     number(book.pages[1:], PdfReader(BytesIO(numbers(browser, len(book.pages)))).pages[1:])
     book.add_metadata({"/Title": "Neural-network pruning with Selective Weight Decay"})
     book.compress_identical_objects()
@@ -104,7 +104,7 @@ def printed(browser: Browser, address: str) -> tuple[str, bytes]:
     return title.removesuffix("#").strip(), content
 
 
-def link(book: PdfWriter, html: Path, starts: dict[str, int]) -> None:
+def link(book: PdfWriter, starts: dict[str, int]) -> None:
     """Let links to pages lead to their place in the book, and remove those to other files."""
     for sheet in book.pages:
         kept = ArrayObject()
@@ -112,12 +112,13 @@ def link(book: PdfWriter, html: Path, starts: dict[str, int]) -> None:
             annotation = reference.get_object()
             address = urlsplit(annotation.get("/A", {}).get("/URI", ""))
             page = Path(unquote(address.path)).stem
-            if address.scheme == "file" and page in starts:
+            if address.scheme == "file":
+                if page not in starts:
+                    continue
                 place = [book.pages[starts[page]].indirect_reference, NameObject("/Fit")]
                 annotation[NameObject("/Dest")] = ArrayObject(place)
                 del annotation["/A"]
-            if address.scheme != "file" or page in starts:
-                kept.append(reference)
+            kept.append(reference)
         sheet[NameObject("/Annots")] = kept
 
 

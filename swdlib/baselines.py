@@ -16,7 +16,29 @@ from swdlib.schedules import check_not_negative
 from swdlib.structures import Coupled, Group, Structure
 
 
-class GradualPruning(hooks.SelectingMethod):
+class _Masking(hooks.SelectingMethod):
+    """A method that chooses masks after every `every` steps, and after the last."""
+
+    def selected(self) -> list[Tensor]:
+        """The units that the masks remove; none before the first choice."""
+        return self.units
+
+    def _choose(self) -> bool:
+        """Count a step and, if it is time, choose masks; whether it was."""
+        self.step += 1
+        if self.step % self.every and self.step != self.steps:
+            return False
+        self.units = self._select_units()
+        gone = removed_weights(self._masked(), self.units)
+        self.masks = {name: ~weights for name, weights in gone.items()}
+        return True
+
+    def _masked(self) -> list[Group]:
+        """The groups whose weights the masks are of."""
+        return self.groups
+
+
+class GradualPruning(_Masking):
     """Sets the lowest-scored weights to zero while a network trains (Zhu & Gupta 2017).
 
     After every `every` steps, and after the last, it selects new masks at the sparsity that the
@@ -33,27 +55,20 @@ class GradualPruning(hooks.SelectingMethod):
         super().__init__(model, every=every, **arguments)
         self.soft = soft
 
-    def selected(self) -> list[Tensor]:
-        """The units that the masks remove; none before the first choice."""
-        return self.units
-
     @torch.no_grad()
     def _after(self, optimizer: Optimizer) -> None:
         if self.soft:
             self.masks = {}
         else:  # first, since the step has moved masked weights, which must not change their rank
             apply_(self.model, self.masks)
-        if optimizer is not self._optimizers[-1]:
-            return
-        self.step += 1
-        if self.step % self.every == 0 or self.step == self.steps:
-            self.units = self._select_units()
-            cut = [_own_weights(group) for group in self.groups] if self.soft else self.groups
-            self.masks = {name: ~gone for name, gone in removed_weights(cut, self.units).items()}
+        if optimizer is self._optimizers[-1] and self._choose():
             apply_(self.model, self.masks)
 
+    def _masked(self) -> list[Group]:
+        return [_own_weights(group) for group in self.groups] if self.soft else self.groups
 
-class DenseFeedback(hooks.SelectingMethod):
+
+class DenseFeedback(_Masking):
     """Trains dense weights with the gradients of the pruned network (Lin et al. 2020).
 
     Between steps the model holds the pruned weights, so that loss and gradients are theirs. Each
@@ -66,10 +81,6 @@ class DenseFeedback(hooks.SelectingMethod):
     def __init__(self, model: nn.Module, *, every: int = 16, **arguments: Any) -> None:
         super().__init__(model, every=every, **arguments)
         self.dense: dict[str, Tensor] = {}  # what the next step starts from; empty before the first
-
-    def selected(self) -> list[Tensor]:
-        """The units that the masks remove; none before the first choice."""
-        return self.units
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         return hooks.after_backward(args, kwargs, self._restore, self.remedy)
@@ -84,11 +95,7 @@ class DenseFeedback(hooks.SelectingMethod):
     def _after(self, optimizer: Optimizer) -> None:
         if optimizer is not self._optimizers[-1]:
             return
-        self.step += 1
-        if self.step % self.every == 0 or self.step == self.steps:
-            self.units = self._select_units()
-            gone = removed_weights(self.groups, self.units)
-            self.masks = {name: ~weights for name, weights in gone.items()}
+        self._choose()
         self.dense = {name: p.detach().clone() for name, p in self.parameters.items()}
         apply_(self.model, self.masks)
 

@@ -30,6 +30,8 @@ from swdlib.schedules import (
 from swdlib.structures import Structure
 from swdlib.swd import SelectiveWeightDecay, Update
 
+ONCE = 10**12  # steps from one choice to the next: more than any training has
+
 
 @dataclass(frozen=True)
 class Train:
@@ -293,12 +295,8 @@ def peste2021(epochs: int, lr: Schedule, sparsity: float, structure: Structure) 
     """
     target = Alternating(check_sparsity(sparsity), 0.05, 0.1, 0.85)
 
-    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> GradualPruning:
-        often = max(1, steps // 100)  # within a turn, the same weights are the lowest
-        return GradualPruning(
-            model, sparsity=target, steps=steps, every=often, structure=structure, **ranking
-        )
-
+    # Within a turn the same weights are the lowest, so that choosing more often changes nothing.
+    penalty = partial(_choosing, times=100, sparsity=target, structure=structure)
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
 
 
@@ -327,25 +325,10 @@ def wang2021(
             f"after it, not {epochs} with finetune_epochs {finetune_epochs}"
         )
 
-    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> SelectiveWeightDecay:
-        return SelectiveWeightDecay(
-            model,
-            sparsity=sparsity,
-            steps=steps,
-            every=steps,
-            structure=structure,
-            strength=Linear(0.0, a_max),
-            weight_decay=weight_decay,
-            update=update,
-            **ranking,
-        )
-
-    return [
-        Train(before - before // 2, lr),
-        Train(before // 2, lr, penalty),
-        Prune(sparsity, structure),
-        Train(finetune_epochs, Constant(lr(1.0))),
-    ]
+    strength = Linear(0.0, a_max)
+    half = before // 2
+    grow = _with_swd(half, lr, sparsity, structure, strength, weight_decay, update, every=ONCE)
+    return [Train(before - half, lr), *grow, Train(finetune_epochs, Constant(lr(1.0)))]
 
 
 def liu2017(
@@ -387,19 +370,14 @@ def soft(epochs: int, lr: Schedule, sparsity: float, structure: Structure) -> li
     Source: He et al. 2018, arXiv 1808.06866.
     """
 
-    def penalty(model: nn.Module, *, steps: int, **ranking: Any) -> GradualPruning:
-        once = max(1, steps // epochs)  # a dry run has fewer steps than epochs
-        return GradualPruning(
-            model,
-            sparsity=sparsity,
-            steps=steps,
-            every=once,
-            structure=structure,
-            soft=True,
-            **ranking,
-        )
-
+    penalty = partial(_choosing, times=epochs, sparsity=sparsity, structure=structure, soft=True)
     return [Train(epochs, lr, penalty), Prune(sparsity, structure)]
+
+
+def _choosing(model: nn.Module, *, steps: int, times: int, **arguments: Any) -> GradualPruning:
+    """`GradualPruning` that chooses so many times in a phase, of whatever steps."""
+    every = max(1, steps // times)  # a dry run may have fewer steps
+    return GradualPruning(model, steps=steps, every=every, **arguments)
 
 
 def ranked(

@@ -13,14 +13,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from book.bench import on_gpu
+from book.bench import in_turns, milliseconds, on_gpu
 from swdlib.data.load import load_data
 from swdlib.deploy.reports import sparse_linears
 from swdlib.fast import lowest_on_gpu
@@ -202,13 +202,8 @@ def by_bisection(flat: Tensor, count: int) -> Tensor:
 
 def timed(functions: Mapping[str, Callable[[], object]], device: str) -> dict[str, float]:
     """The median milliseconds of each function in seven rounds, in which they take turns."""
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(7):
-        for name, function in functions.items():
-            start = now(device)
-            function()
-            found[name].append(1e3 * (now(device) - start))
-    return {name: median(times) for name, times in found.items()}
+    done = partial(now, device)
+    return in_turns({name: partial(milliseconds, f, done) for name, f in functions.items()}, 7)
 
 
 def now(device: str) -> float:
